@@ -1,0 +1,5 @@
+"""The `fastgrpo` command: train, doctor, bench, report."""
+
+
+def main() -> None:
+    raise SystemExit("fastgrpo: no command yet")

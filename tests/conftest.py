@@ -1,4 +1,4 @@
-"""Shared test set-up: the installed package is tested, never the checkout root; torch.empty is NaN."""
+"""Shared test set-up: the installed package is tested, not the checkout; torch.empty is NaN."""
 
 import os
 import sys

@@ -1,0 +1,168 @@
+"""Compile every Triton kernel of the package ahead of time, without a GPU, and read what came out.
+
+Each kernel module defines `aot_specs() -> list[KernelSpec]`: one entry per kernel and structural
+variant worth checking (dtypes, flags, block sizes), with the configuration the launcher uses.
+`MODULES` lists those modules. Nothing here runs a kernel.
+"""
+
+import importlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.errors import TritonError
+
+MODULES = (
+    "offset_exp",
+    "grpo_loss",
+    "linear_kl",
+    "group_advantages",
+    "box_iou",
+    "shared_prefix_attention",
+    "gather_rows",
+)
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One compilation: a kernel, its argument types and its launch configuration.
+
+    kernel: the `@triton.jit` function (heuristics and autotune wrappers are unwrapped).
+    signature: run-time arguments by name, e.g. {"x_ptr": "*bf16", "n": "i32", "scale": "fp32"}.
+    constexprs: every other argument by name; an absent optional tensor is `"bias_ptr": None`.
+    hot: the kernel is on the step's critical path, so a register spill is a failure.
+    matmul: the kernel multiplies matrices, so the absence of tensor-core instructions is a failure.
+    label: tells variants of one kernel apart in the report.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    hot: bool = True
+    matmul: bool = False
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        base = jit_function(self.kernel).__name__.lstrip("_")
+        return f"{base}[{self.label}]" if self.label else base
+
+
+@dataclass
+class Report:
+    """What one kernel became on one architecture; `problems` is empty when all promises hold."""
+
+    kernel: str
+    arch: str
+    registers: int | None = None
+    stack_bytes: int | None = None
+    shared_bytes: int | None = None
+    matrix_instructions: dict[str, int] = field(default_factory=dict)
+    hot: bool = True
+    problems: list[str] = field(default_factory=list)
+
+
+def jit_function(kernel: Any) -> triton.runtime.JITFunction:
+    """The `JITFunction` under heuristics and autotune wrappers."""
+    while not isinstance(kernel, triton.runtime.JITFunction):
+        kernel = kernel.fn
+    return kernel
+
+
+def collect(modules: tuple[str, ...] = MODULES) -> list[KernelSpec]:
+    """The specs of all kernel modules, in the order of `MODULES`."""
+    specs: list[KernelSpec] = []
+    for stem in modules:
+        specs += importlib.import_module(f"fastgrpo_kernels.{stem}").aot_specs()
+    return specs
+
+
+def compile_spec(spec: KernelSpec, arch: str) -> Any:
+    """Compile one spec for an architecture such as "sm_90"; returns Triton's compiled kernel.
+
+    Pointers are taken as 16-byte aligned, as torch's allocations are; integers are not specialised.
+    """
+    kernel = jit_function(spec.kernel)
+    missing = set(kernel.arg_names) - set(spec.signature) - set(spec.constexprs)
+    assert not missing, f"{spec.name}: no type for {sorted(missing)}"
+    signature = {name: spec.signature.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(kernel, signature, constexprs=dict(spec.constexprs), attrs=aligned)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32), options=options)
+
+
+def report(spec: KernelSpec, arch: str) -> Report:
+    """Compile a spec and judge it: failure, spill in a hot kernel, matmul off the tensor cores."""
+    out = Report(kernel=spec.name, arch=arch, hot=spec.hot)
+    try:
+        compiled = compile_spec(spec, arch)
+    except (TritonError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+        out.problems.append(f"does not compile: {error}")
+        return out
+    out.shared_bytes = compiled.metadata.shared
+    out.registers, out.stack_bytes = resources(compiled.asm["cubin"], compiled.asm["ptx"], arch)
+    out.matrix_instructions = matrix_instructions(compiled.asm["ptx"])
+    if spec.hot and out.stack_bytes:
+        out.problems.append(f"hot kernel uses {out.stack_bytes} bytes of stack (spilled registers)")
+    if spec.matmul and not out.matrix_instructions:
+        out.problems.append("matmul without tensor-core instructions")
+    return out
+
+
+def matrix_instructions(ptx: str) -> dict[str, int]:
+    """How often each tensor-core instruction occurs in PTX text: mma.sync, wgmma, tcgen05.mma."""
+    found = re.findall(r"^\s*(?:@%p\d+\s+)?(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx, re.M)
+    return dict(Counter(found))
+
+
+def find_tool(name: str) -> str | None:
+    """A CUDA binary tool: the one shipped in Triton's package, else the one on PATH."""
+    shipped = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return str(shipped) if shipped.is_file() else shutil.which(name)
+
+
+def resources(cubin: bytes, ptx: str, arch: str) -> tuple[int, int]:
+    """Registers per thread and stack bytes, by cuobjdump, or by assembling the PTX again."""
+    with tempfile.TemporaryDirectory() as folder:
+        if tool := find_tool("cuobjdump"):
+            path = Path(folder, "kernel.cubin")
+            path.write_bytes(cubin)
+            command = [tool, "-res-usage", str(path)]
+            pattern = r"REG:(\d+) STACK:(\d+)"
+        else:
+            path = Path(folder, "kernel.ptx")
+            path.write_text(ptx)
+            target = re.search(r"^\.target (\w+)", ptx, re.M).group(1)
+            command = [
+                get_ptxas(int(arch[3:])).path,
+                "-v",
+                f"--gpu-name={target}",
+                str(path),
+                "-o",
+                f"{path}.o",
+            ]
+            pattern = None
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    text = done.stdout + done.stderr
+    if pattern:
+        registers, stack = re.search(pattern, text).groups()
+    else:
+        registers = re.search(r"Used (\d+) registers", text).group(1)
+        stack = re.search(r"(\d+) bytes stack frame", text).group(1)
+    return int(registers), int(stack)

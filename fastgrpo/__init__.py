@@ -6,3 +6,12 @@ Importing starts nothing: no CUDA context, no patching, no environment edits.
 from fastgrpo.errors import InputError
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """Submodules on first use, so that importing the package stays light."""
+    if name in ("rewards",):
+        import importlib
+
+        return importlib.import_module(f"fastgrpo.{name}")
+    raise AttributeError(f"module 'fastgrpo' has no attribute {name!r}")

@@ -1,0 +1,42 @@
+"""Boxes in rewards: checks and the IoU of one pair in each published convention.
+
+One pair costs less in plain Python than the call of a batched op; lists of boxes go through
+`detection`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def finite_box(box: Any) -> bool:
+    """Four finite real numbers."""
+    return (
+        isinstance(box, list | tuple)
+        and len(box) == 4
+        and all(type(v) in (int, float) and abs(v) < 1e9 and math.isfinite(v) for v in box)
+    )
+
+
+def iou_continuous(a, b) -> float:
+    """Intersection over union of two xyxy boxes; 0 when the union is empty."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    inter = width * height if width > 0 and height > 0 else 0.0
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
+    return inter / union if union > 0 else 0.0
+
+
+def iou_vlm_r1(a, b) -> float:
+    """VLM-R1's IoU: the intersection ends at x2-1, y2-1 and counts pixels with +1; areas do not.
+
+    Raises ZeroDivisionError when both areas cancel or vanish, as the published code does.
+    """
+    left, top = max(a[0], b[0]), max(a[1], b[1])
+    right, bottom = min(a[2], b[2]) - 1, min(a[3], b[3]) - 1
+    inter = 0.0
+    if left < right and top < bottom:
+        inter = (right - left + 1) * (bottom - top + 1)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
+    return float(inter) / union

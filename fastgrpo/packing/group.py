@@ -1,0 +1,115 @@
+"""A GRPO group as the engine takes it: one prompt, its images, and its completions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastgrpo.errors import InputError
+
+_PER_TOKEN = ("old_logp", "ref_logp", "rollout_logp", "mask")
+
+
+@dataclass(eq=False)
+class Group:
+    """One prompt with its images and the G completions sampled from it.
+
+    `prompt_ids` (P,) int64, image placeholders already expanded; `completions` a list of (C_i,)
+    int64, any of them may be empty; `vision` the processor's outputs for this prompt
+    (`pixel_values`, `image_grid_thw`, ...); `advantages` (G,) or a list of (C_i,); `old_logp`,
+    `ref_logp`, `rollout_logp` lists of (C_i,) floats; `mask` a list of (C_i,), nonzero where the
+    token counts in the loss. `sample_id` is only used in error messages.
+
+    Raises `InputError` naming the sample, the argument, what was expected and what came.
+    """
+
+    prompt_ids: Tensor
+    completions: list[Tensor]
+    vision: dict[str, Tensor] = field(default_factory=dict)
+    advantages: Tensor | list[Tensor] | None = None
+    old_logp: list[Tensor] | None = None
+    ref_logp: list[Tensor] | None = None
+    rollout_logp: list[Tensor] | None = None
+    mask: list[Tensor] | None = None
+    sample_id: object = None
+
+    def __post_init__(self):
+        self.completions = list(self.completions)
+        _check_ids(self, "prompt_ids", self.prompt_ids)
+        if self.prompt_ids.numel() == 0:
+            raise InputError(f"{self.name}: prompt_ids is empty; a prompt needs at least one token")
+        for i, completion in enumerate(self.completions):
+            _check_ids(self, f"completions[{i}]", completion)
+        for key, value in self.vision.items():
+            if not isinstance(value, Tensor):
+                raise InputError(
+                    f"{self.name}: vision[{key!r}] must be a tensor (the processor's output), "
+                    f"got {type(value).__name__}"
+                )
+        for key in _PER_TOKEN:
+            if getattr(self, key) is not None:
+                setattr(self, key, _check_per_token(self, key, getattr(self, key)))
+        if self.advantages is not None:
+            self._check_advantages()
+
+    @property
+    def name(self) -> str:
+        return "group" if self.sample_id is None else f"sample {self.sample_id!r}"
+
+    @property
+    def lengths(self) -> list[int]:
+        return [c.numel() for c in self.completions]
+
+    def token_advantages(self, i: int) -> Tensor:
+        """(C_i,) advantages of completion i, whichever way they were given."""
+        a = self.advantages[i]
+        return a.expand(self.completions[i].numel()) if a.ndim == 0 else a
+
+    def _check_advantages(self):
+        count = len(self.completions)
+        if isinstance(self.advantages, Tensor):
+            if self.advantages.shape != (count,) or not self.advantages.is_floating_point():
+                raise InputError(
+                    f"{self.name}: advantages must be a float tensor of shape ({count},), one per "
+                    f"completion, got {self.advantages.dtype} {tuple(self.advantages.shape)}"
+                )
+        elif isinstance(self.advantages, (list, tuple)) and all(
+            isinstance(a, Tensor) for a in self.advantages
+        ):
+            self.advantages = _check_per_token(self, "advantages", self.advantages)
+        else:
+            raise InputError(
+                f"{self.name}: advantages must be a tensor of shape ({count},) or a list of {count} "
+                f"tensors of shape (C_i,), got {type(self.advantages).__name__}"
+            )
+        for i in range(count):
+            if not torch.isfinite(self.advantages[i]).all():
+                raise InputError(f"{self.name}: advantages[{i}] is not finite")
+
+
+def _check_ids(group: Group, what: str, ids: object):
+    if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.dtype != torch.int64:
+        came = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise InputError(f"{group.name}: {what} must be a 1-D int64 tensor, got {came}")
+
+
+def _check_per_token(group: Group, key: str, values: object) -> list[Tensor]:
+    if not isinstance(values, (list, tuple)):
+        raise InputError(
+            f"{group.name}: {key} must be a list with one tensor per completion, "
+            f"got {type(values).__name__}"
+        )
+    if len(values) != len(group.completions):
+        raise InputError(
+            f"{group.name}: {key} has {len(values)} entries for "
+            f"{len(group.completions)} completions"
+        )
+    for i, (value, length) in enumerate(zip(values, group.lengths, strict=True)):
+        if not isinstance(value, Tensor) or value.shape != (length,):
+            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"{group.name}: {key}[{i}] must have shape ({length},), got {came}")
+        if key != "mask" and not value.is_floating_point():
+            raise InputError(f"{group.name}: {key}[{i}] must be floating point, got {value.dtype}")
+    return list(values)

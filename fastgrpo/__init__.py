@@ -4,6 +4,7 @@ Importing starts nothing: no CUDA context, no patching, no environment edits.
 """
 
 from fastgrpo.errors import InputError
+from fastgrpo.ops.linear_logprob import linear_logprob
 
 __version__ = "0.1.0"
 

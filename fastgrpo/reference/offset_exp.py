@@ -1,0 +1,110 @@
+"""The streaming pass of the one-pass loss: logits in, exponentials about the target logit out.
+
+Letters: C rows of a chunk, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+# V * exp(76) stays below the largest float32 for V up to 3.4e5, so a row below the limit has
+# finite sums and finite products.
+MAX_EXPONENT = 76.0
+# Elements of a block that stays in the L2 cache between the in-place passes.
+_BLOCK = 1 << 18
+
+
+class OffsetExp(NamedTuple):
+    """What `offset_exp` returns; E itself is left in the logits' memory.
+
+    exps: (C, V) the view that holds E (`logits`, or its bfloat16 view of row stride 2V).
+    sum_exp: (C,) S = sum over j != y of E_j.
+    target_logit: (C,) the transformed target logit before the temperature, f(z_y).
+    moment: (C,) sum over j != y of E_j d_j with d_j = ln E_j (0 ln 0 = 0), or None.
+    overflow: (C,) bool, True where an exponent passed MAX_EXPONENT or the target logit is not
+        finite. E, S and moment of such a row are unspecified: the caller recomputes the row.
+    """
+
+    exps: torch.Tensor
+    sum_exp: torch.Tensor
+    target_logit: torch.Tensor
+    moment: torch.Tensor | None
+    overflow: torch.Tensor
+
+
+def offset_exp(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    inv_temperature: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    exp_dtype: torch.dtype | None = None,
+) -> OffsetExp:
+    """Replace a chunk of logits by exponentials about each row's target logit, in one sweep.
+
+        f(z) = softcap * tanh(logit_scale * (z + bias) / softcap)     (no tanh without a softcap)
+        d_j  = (f(z_j) - f(z_y)) * inv_temperature
+        E_j  = exp(d_j) for j != y,   S = sum_{j != y} E_j,   E_y := -S
+
+    so that logp_y = -log1p(S), keeping full relative precision when S -> 0, and
+    d logp_y / d z_j = -E_j / ((1 + S) T) for every j, the target included. The entropy is
+    log1p(S) - moment / (1 + S). No maximum is needed: a row whose exponents pass MAX_EXPONENT is
+    only flagged.
+
+    Args:
+        logits: (C, V) float32 or float64, last dimension contiguous; overwritten.
+        targets: (C,) int64 in [0, V).
+        inv_temperature: (C,) of the logits' dtype, 1 / T; None means 1.
+        bias: (V,) or None. logit_scale, softcap: floats.
+        entropy: compute `moment`.
+        exp_dtype: the dtype E is stored in, in place: the logits' own (None) or bfloat16, then as
+            `logits.view(torch.bfloat16)[:, :V]`; S and moment are summed before the rounding.
+
+    Every implementation ("torch" here, "cpp" in `fastgrpo_kernels._C`, "triton" in
+    `fastgrpo_kernels.offset_exp`) has this signature. No autograd, no host synchronisation.
+    """
+    C, V = logits.shape
+    sum_exp = logits.new_empty(C)
+    target_logit = logits.new_empty(C)
+    moment = logits.new_empty(C) if entropy else None
+    exps = logits if exp_dtype in (None, logits.dtype) else logits.view(exp_dtype)[:, :V]
+    step = max(1, _BLOCK // max(V, 1)) if logits.device.type == "cpu" else max(C, 1)
+    for start in range(0, C, step):
+        rows = slice(start, min(start + step, C))
+        z, y = logits[rows], targets[rows, None]
+        transform_logits_(z, bias, logit_scale, softcap)
+        zy = z.gather(1, y)
+        target_logit[rows] = zy[:, 0]
+        z.sub_(zy)
+        if inv_temperature is not None:
+            z.mul_(inv_temperature[rows, None])
+        z.exp_().scatter_(1, y, 0.0)
+        torch.sum(z, 1, out=sum_exp[rows])
+        if entropy:
+            torch.sum(torch.special.entr(z), 1, out=moment[rows]).neg_()
+        z.scatter_(1, y, -sum_exp[rows, None])
+        if exps is not logits:
+            exps[rows] = z.to(exp_dtype)  # .to() copies first: source and destination share bytes
+    overflow = ~((sum_exp < _exp_limit(logits.dtype)) & target_logit.isfinite())
+    return OffsetExp(exps, sum_exp, target_logit, moment, overflow)
+
+
+def transform_logits_(
+    z: torch.Tensor, bias: torch.Tensor | None, logit_scale: float, softcap: float | None
+) -> torch.Tensor:
+    """f(z) of `offset_exp`, in place."""
+    if bias is not None:
+        z.add_(bias)
+    if logit_scale != 1.0:
+        z.mul_(logit_scale)
+    if softcap is not None:
+        z.div_(softcap).tanh_().mul_(softcap)
+    return z
+
+
+def _exp_limit(dtype: torch.dtype) -> float:
+    """exp(MAX_EXPONENT): any row with one larger exponent has a larger sum."""
+    return float(torch.tensor(MAX_EXPONENT, dtype=dtype).exp())

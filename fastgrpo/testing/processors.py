@@ -1,7 +1,7 @@
-"""A real transformers processor small enough for tests: one token per character, Qwen's image processor.
+"""A real transformers processor small enough for tests: a token per character, Qwen's images.
 
-Nothing is downloaded, and the ids of the special tokens are those of the given model config, so any tiny
-vision-language model can be trained through a real chat template and a real image processor.
+Nothing is downloaded, and the ids of the special tokens are those of the given model config, so any
+tiny vision-language model can be trained through a real chat template and a real image processor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 def tiny_tokenizer(
     config: PretrainedConfig, *, pad_is_eos: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A character tokenizer over `config`'s vocabulary; ids the config does not name are characters."""
+    """A character tokenizer with the vocabulary size and the special ids of `config`."""
     size = config.get_text_config().vocab_size
     named = {
         "<|vision_start|>": getattr(config, "vision_start_token_id", None),
@@ -46,7 +46,12 @@ def tiny_tokenizer(
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    extra = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    extra = {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "vision_start_token": "<|vision_start|>",
+        "vision_end_token": "<|vision_end|>",
+    }
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,
@@ -64,10 +69,10 @@ def tiny_tokenizer(
 
 
 def tiny_processor(config: PretrainedConfig, *, pad_is_eos: bool = False) -> PaddleOCRVLProcessor:
-    """Images and text for a tiny Qwen-VL model: its patch sizes, its special ids, no resizing above 4 patches.
+    """Images and text for a tiny Qwen-VL model: its patch sizes and its special ids.
 
-    PaddleOCRVLProcessor joins an image processor and a tokenizer as Qwen2_5_VLProcessor does, without the
-    video half, which needs torchvision.
+    PaddleOCRVLProcessor joins an image processor and a tokenizer as Qwen2_5_VLProcessor does,
+    without the video half, which needs torchvision.
     """
     vision = config.vision_config
     side = vision.patch_size * vision.spatial_merge_size

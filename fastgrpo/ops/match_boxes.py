@@ -1,0 +1,66 @@
+"""One-to-one matching of predictions with ground truth from a score per pair."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from fastgrpo.checks import check_choice
+from fastgrpo.errors import InputError
+from fastgrpo.ops._boxes import as_sizes, check_same_samples
+from fastgrpo.reference import match_boxes as reference
+
+
+def match_boxes(
+    scores: torch.Tensor,
+    offsets: torch.Tensor,
+    a_sizes: Sequence[int] | torch.Tensor,
+    b_sizes: Sequence[int] | torch.Tensor,
+    *,
+    method: str = "optimal",
+    threshold: float | None = None,
+    mask: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Match the rows of every sample's score matrix with its columns, each at most once.
+
+    scores, offsets: as `pairwise_box_iou` returns them, or any other score of the pairs, higher is
+    better. Returns (sum a_sizes,) int64 on the device of `scores`: the column of each row within
+    its sample, or -1.
+
+    A pair may be matched when its score is a finite number (at most 1e100 in absolute value), at
+    least `threshold`, and `mask` ((number of pairs,) bool, e.g. equal labels) is true there.
+    method:
+      "optimal"      as many allowed pairs as can be matched together, and of all such matchings one
+                     with the largest sum of scores (the assignment problem, rectangular);
+      "greedy"       repeatedly the best remaining pair; of equal ones the lowest row, then column;
+      "greedy_rows"  each row in the given order takes its best remaining column, of equal ones the
+                     lowest: sort the rows by confidence for the usual detection matching.
+
+    Computed in float64. Not differentiable. Raises InputError when sizes and scores disagree.
+    """
+    check_choice("method", method, reference.METHODS)
+    a_sizes, b_sizes = as_sizes("a_sizes", a_sizes), as_sizes("b_sizes", b_sizes)
+    check_same_samples(("a_sizes", "b_sizes"), a_sizes, b_sizes)
+    areas = (n * m for n, m in zip(a_sizes, b_sizes, strict=True))
+    _check_pairs(scores, offsets, mask, [0, *accumulate(areas)])
+    if threshold is not None and threshold != threshold:
+        raise InputError("threshold: expected a number or None, got nan")
+    return reference.match_boxes(
+        scores.detach(), a_sizes, b_sizes, method=method, threshold=threshold, mask=mask
+    )
+
+
+def _check_pairs(scores, offsets, mask, expected: list[int]) -> None:
+    if scores.ndim != 1 or len(scores) != expected[-1]:
+        raise InputError(
+            f"scores: expected shape ({expected[-1]},), one score per pair, "
+            f"got {tuple(scores.shape)}"
+        )
+    if (offsets.tolist() if isinstance(offsets, torch.Tensor) else list(offsets)) != expected:
+        raise InputError("offsets: expected the running sum of a_sizes * b_sizes from 0")
+    if mask is not None and (mask.shape != scores.shape or mask.dtype != torch.bool):
+        raise InputError(
+            f"mask: expected bool of shape {tuple(scores.shape)}, "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )

@@ -46,21 +46,15 @@ def tiny_tokenizer(
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    extra = {
-        "image_token": "<|image_pad|>",
-        "video_token": "<|video_pad|>",
-        "vision_start_token": "<|vision_start|>",
-        "vision_end_token": "<|vision_end|>",
-    }
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,
         pad_token=EOS if pad_is_eos else PAD,
         unk_token=UNKNOWN,
-        extra_special_tokens={"im_start_token": START}
-        | {name: token for name, token in extra.items() if token in vocabulary}
-        | {
-            f"{t[2:-2]}_token": t for t in ("<|vision_start|>", "<|vision_end|>") if t in vocabulary
+        extra_special_tokens={
+            f"{token[2:-2].replace('_pad', '')}_token": token
+            for token in (START, *named)
+            if token in vocabulary
         },
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,

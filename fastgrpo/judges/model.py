@@ -1,0 +1,189 @@
+"""Models in the same process as rewards, frozen or trained beside the policy.
+
+B completions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.errors import InputError
+from fastgrpo.judges.text import completion_text
+
+
+class ScalarRewardModel(nn.Module):
+    """A scalar reward head on a transformers backbone: r = W_2 SiLU(W_1 h_last), (B,).
+
+    ``h_last`` is the backbone's last hidden state at each row's last real token. Two layers with
+    SiLU are BaseReward's head; its training loss is ``bradley_terry_loss``.
+    """
+
+    def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, 1)
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Tensor:
+        """Rewards (B,) of right- or left-padded rows (B, L)."""
+        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        hidden = out.last_hidden_state
+        columns = torch.arange(hidden.shape[1], device=hidden.device)
+        last = (columns * attention_mask).argmax(1)
+        return self.head(hidden[torch.arange(len(hidden), device=hidden.device), last])[:, 0]
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Mean of -log sigmoid(r_chosen - r_rejected) over pairs; 0 without pairs."""
+    if not chosen.numel():
+        return chosen.sum() + rejected.sum()
+    return -nn.functional.logsigmoid(chosen - rejected).mean()
+
+
+class ModelReward:
+    """A reward model in this process as a reward function in TRL's signature.
+
+    ``score(texts) -> (B,)`` runs under no_grad in batches of ``batch_size``. ``prefetch`` scores a
+    batch in a worker thread while the caller goes on; the call then only waits. ``transform`` maps
+    raw scores to rewards, such as ``torch.sigmoid``.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[list[str]], Tensor],
+        *,
+        batch_size: int = 32,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        range: tuple[float, float] = (-float("inf"), float("inf")),
+        name: str = "model_reward",
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size: expected at least 1, got {batch_size}")
+        self._score, self._batch_size, self._transform = score, batch_size, transform
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._pending: tuple[list[str], Future[list[float]]] | None = None
+        self.name = self.__name__ = name
+        self.columns: tuple[str, ...] = ()
+        self.range = range
+
+    @classmethod
+    def from_classifier(cls, model: nn.Module, tokenizer, *, max_length: int = 4096, **options):
+        """From a sequence classifier of transformers: the reward is ``logits[:, 0]``."""
+
+        def score(texts: list[str]) -> Tensor:
+            batch = tokenizer(
+                texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+            ).to(model.device)
+            return model(**batch).logits[:, 0]
+
+        return cls(score, **options)
+
+    def prefetch(self, prompts: Sequence, completions: Sequence, **columns: Any) -> None:
+        """Start scoring a batch without waiting for it."""
+        texts = self._texts(prompts, completions)
+        self._pending = (texts, self._pool.submit(self._run, texts))
+
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
+        """Rewards in the order of ``completions``."""
+        texts = self._texts(prompts, completions)
+        pending, self._pending = self._pending, None
+        if pending is not None and pending[0] == texts:
+            return pending[1].result()
+        return self._pool.submit(self._run, texts).result()
+
+    def _texts(self, prompts: Sequence, completions: Sequence) -> list[str]:
+        pairs = zip(prompts, completions, strict=True)
+        return [f"{completion_text(p)}\n{completion_text(c)}" for p, c in pairs]
+
+    @torch.no_grad()
+    def _run(self, texts: list[str]) -> list[float]:
+        # Longest first, so that a batch holds rows of similar length and little padding.
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        rewards = [0.0] * len(texts)
+        for start in range(0, len(order), self._batch_size):
+            rows = order[start : start + self._batch_size]
+            values = self._score([texts[i] for i in rows])
+            if self._transform is not None:
+                values = self._transform(values)
+            for i, value in zip(rows, values.float().tolist(), strict=True):
+                rewards[i] = value
+        return rewards
+
+
+class CoTrainedReward:
+    """A reward model that takes one optimizer step on each batch it scores.
+
+    Rewards are the model's scores *before* the step. Pairs are formed inside each prompt's group:
+    every completion that ``rule`` calls right against every one it calls wrong; the loss is
+    ``bradley_terry_loss``. Cooper takes its negatives from a language model instead of the
+    group: pass ``pairs`` to choose them differently. Source: Cooper (a reward model updated with
+    the policy), Bradley-Terry loss.
+
+    Args:
+        score: ``f(texts) -> (B,)`` raw scores, differentiable in the model's parameters.
+        rule: a reward function; a value > 0.5 is right.
+        optimizer: over the reward model's parameters.
+        group_size: completions per prompt, consecutive.
+        pairs: ``f(texts, values (B,), group_size) -> list of (chosen text, rejected text)``.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[list[str]], Tensor],
+        rule: Callable[..., list[float | None]],
+        optimizer: torch.optim.Optimizer,
+        *,
+        group_size: int,
+        transform: Callable[[Tensor], Tensor] = torch.sigmoid,
+        pairs: Callable[[list[str], list, int], list[tuple[str, str]]] | None = None,
+        max_grad_norm: float = 1.0,
+        name: str = "co_trained_reward",
+    ) -> None:
+        self._score, self._rule, self._optimizer = score, rule, optimizer
+        self._group_size, self._transform = group_size, transform
+        self._pairs = pairs or group_pairs
+        self._max_grad_norm = max_grad_norm
+        self.name = self.__name__ = name
+        self.columns = tuple(getattr(rule, "columns", ()))
+        self.range = (0.0, 1.0)
+        self.losses: list[float] = []
+
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
+        """Rewards of this batch; then the model learns from it."""
+        both = zip(prompts, completions, strict=True)
+        texts = [f"{completion_text(p)}\n{completion_text(c)}" for p, c in both]
+        with torch.no_grad():
+            rewards = self._transform(self._score(texts)).float().tolist()
+        values = self._rule(prompts=prompts, completions=completions, **columns)
+        pairs = self._pairs(texts, values, self._group_size)
+        if pairs:
+            self._learn(pairs)
+        return rewards
+
+    def _learn(self, pairs: list[tuple[str, str]]) -> None:
+        with torch.enable_grad():
+            scores = self._score([c for c, _ in pairs] + [r for _, r in pairs])
+            loss = bradley_terry_loss(*scores.split(len(pairs)))
+            self._optimizer.zero_grad()
+            loss.backward()
+        parameters = [p for g in self._optimizer.param_groups for p in g["params"]]
+        nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
+        self._optimizer.step()
+        self.losses.append(loss.item())
+
+
+def group_pairs(texts: list[str], values: list, group_size: int) -> list[tuple[str, str]]:
+    """All (right, wrong) pairs inside each group of ``group_size`` consecutive completions."""
+    pairs = []
+    for start in range(0, len(texts), group_size):
+        rows = range(start, min(start + group_size, len(texts)))
+        right = [texts[i] for i in rows if values[i] is not None and values[i] > 0.5]
+        wrong = [texts[i] for i in rows if values[i] is not None and values[i] <= 0.5]
+        pairs += [(r, w) for r in right for w in wrong]
+    return pairs

@@ -37,11 +37,13 @@ class KernelSpec:
     """One compilation: a kernel, its argument types and its launch configuration.
 
     kernel: the `@triton.jit` function (heuristics and autotune wrappers are unwrapped).
-    signature: run-time arguments by name, e.g. {"x_ptr": "*bf16", "n": "i32", "scale": "fp32"}.
+    signature: run-time arguments by name, e.g. {"x_ptr": "*bf16", "n": "i32", "scale": "fp32"};
+        "i32:16" is an integer known to be divisible by 16, as Triton finds out at launch.
     constexprs: every other argument by name; an absent optional tensor is `"bias_ptr": None`.
     hot: the kernel is on the step's critical path, so a register spill is a failure.
     matmul: the kernel multiplies matrices, so the absence of tensor-core instructions is a failure.
     label: tells variants of one kernel apart in the report.
+    options: further compiler options the launcher passes, e.g. {"enable_fp_fusion": False}.
     """
 
     kernel: Any
@@ -52,6 +54,7 @@ class KernelSpec:
     hot: bool = True
     matmul: bool = False
     label: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -91,19 +94,20 @@ def collect(modules: tuple[str, ...] = MODULES) -> list[KernelSpec]:
 def compile_spec(spec: KernelSpec, arch: str) -> Any:
     """Compile one spec for an architecture such as "sm_90"; returns Triton's compiled kernel.
 
-    Pointers are taken as 16-byte aligned, as torch's allocations are; integers are not specialised.
+    Pointers are taken as 16-byte aligned, as torch's allocations are.
     """
     kernel = jit_function(spec.kernel)
     missing = set(kernel.arg_names) - set(spec.signature) - set(spec.constexprs)
     assert not missing, f"{spec.name}: no type for {sorted(missing)}"
-    signature = {name: spec.signature.get(name, "constexpr") for name in kernel.arg_names}
+    types = {name: spec.signature.get(name, "constexpr") for name in kernel.arg_names}
+    signature = {name: kind.removesuffix(":16") for name, kind in types.items()}
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
+        for i, kind in enumerate(types.values())
+        if kind.startswith("*") or kind.endswith(":16")
     }
     source = ASTSource(kernel, signature, constexprs=dict(spec.constexprs), attrs=aligned)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
     return triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32), options=options)
 
 

@@ -1,0 +1,3 @@
+"""The engine: log-probs and GRPO steps of whole groups."""
+
+from fastgrpo.engine.score import GroupScores, score

@@ -1,3 +1,6 @@
 """Packing: many groups in one row, each prompt and its images once."""
 
 from fastgrpo.packing.group import Group
+from fastgrpo.packing.layout import GroupLayout
+from fastgrpo.packing.planner import Part, plan_rows, regroup
+from fastgrpo.packing.row import PackedRow

@@ -81,8 +81,8 @@ class Group:
             self.advantages = _check_per_token(self, "advantages", self.advantages)
         else:
             raise InputError(
-                f"{self.name}: advantages must be a tensor of shape ({count},) or a list of {count} "
-                f"tensors of shape (C_i,), got {type(self.advantages).__name__}"
+                f"{self.name}: advantages must be a tensor of shape ({count},) or a list of "
+                f"{count} tensors of shape (C_i,), got {type(self.advantages).__name__}"
             )
         for i in range(count):
             if not torch.isfinite(self.advantages[i]).all():

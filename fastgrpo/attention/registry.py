@@ -1,0 +1,185 @@
+"""Attention over a packed row, switched into a stock transformers model.
+
+`install` registers functions with transformers' AttentionInterface and selects them in the model's
+config. With a layout among the forward's keyword arguments they attend by it; without one
+(generation, other users of the model) they hand over to the implementation the model had before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrpo.attention.vision import vision_attention
+from fastgrpo.errors import InputError
+
+# The names must not contain "flash", "flex" or "sdpa" (transformers treats those specially) -
+# except the vision tower's, which must contain "flash": only then does the tower make one
+# variable-length call instead of a Python loop over images and windows.
+_TEXT_NAME, _VISION_NAME = "fastgrpo_group", "fastgrpo_flash_vision"
+_fallbacks: dict[str, str] = {}  # registered name -> the implementation it hands over to
+
+
+class Backend(NamedTuple):
+    """`attend(query (T, H, D), key (T, K, D), value (T, K, D), layout, *, scale, window) ->
+    (T, H, D)`, and `unavailable(device, dtype, head_dim)` -> the reason, or None."""
+
+    attend: Callable
+    unavailable: Callable[[torch.device, torch.dtype, int], str | None]
+
+
+# name -> module with `attend` and `unavailable`; imported on first use. In order of preference.
+BACKENDS = {
+    "kvgather": "fastgrpo.attention.kvgather",
+    "dense": "fastgrpo.attention.dense",
+}
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of this name; `InputError` when there is none."""
+    if name not in BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    module = importlib.import_module(BACKENDS[name])
+    return Backend(module.attend, module.unavailable)
+
+
+def choose_backend(
+    name: str | None, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> str:
+    """The name itself if it can serve, else `InputError` with the reason; None: the best."""
+    if name is not None:
+        reason = get_backend(name).unavailable(device, dtype, head_dim)
+        if reason:
+            raise InputError(f"backend={name!r} cannot serve: {reason}")
+        return name
+    for candidate in BACKENDS:
+        if get_backend(candidate).unavailable(device, dtype, head_dim) is None:
+            return candidate
+    raise InputError(f"no attention backend serves {device} {dtype}")
+
+
+def install(model) -> None:
+    """Route the attention of a transformers model's text layers and vision tower through us."""
+    config = model.config
+    text = getattr(config, "text_config", None)
+    if text is None:
+        model.set_attn_implementation(_register(_TEXT_NAME, config, _group_attention))
+        return
+    names = {"text_config": _register(_TEXT_NAME, text, _group_attention)}
+    if getattr(config, "vision_config", None) is not None:
+        names["vision_config"] = _register(_VISION_NAME, config.vision_config, _vision_attention)
+    model.set_attn_implementation(names)
+
+
+def uninstall(model) -> None:
+    """Give the model back the attention implementations it had before `install`."""
+    config = model.config
+    text = getattr(config, "text_config", None)
+    if text is None:
+        model.set_attn_implementation(_original(config))
+        return
+    names = {"text_config": _original(text)}
+    if getattr(config, "vision_config", None) is not None:
+        names["vision_config"] = _original(config.vision_config)
+    model.set_attn_implementation(names)
+
+
+def is_installed(model) -> bool:
+    config = getattr(model.config, "text_config", None) or model.config
+    return config._attn_implementation in _fallbacks
+
+
+def _original(config) -> str:
+    return _fallbacks.get(config._attn_implementation, config._attn_implementation)
+
+
+def _register(prefix: str, config, make: Callable) -> str:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    fallback = config._attn_implementation
+    if fallback in _fallbacks:
+        return fallback
+    known = [name for name, value in _fallbacks.items() if name.startswith(prefix)]
+    for name in known:
+        if _fallbacks[name] == fallback:
+            return name
+    name = f"{prefix}_{len(known)}"
+    _fallbacks[name] = fallback
+    AttentionInterface.register(name, make(fallback))
+    # Without a layout the stock implementation runs, and needs the mask made for it.
+    if fallback in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[fallback])
+    return name
+
+
+def _stock(fallback: str, module) -> Callable:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if fallback == "eager":  # each modeling file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[fallback]
+
+
+def _group_attention(fallback: str) -> Callable:
+    def attention(
+        module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        fg_layout=None,
+        **kwargs,
+    ):
+        if fg_layout is None:
+            return _stock(fallback, module)(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                scaling=scaling,
+                dropout=dropout,
+                sliding_window=sliding_window,
+                **kwargs,
+            )
+        _check_call(query, key, attention_mask, dropout, fg_layout)
+        out = get_backend(fg_layout.backend).attend(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            fg_layout,
+            scale=scaling,
+            window=sliding_window,
+        )
+        return out[None], None
+
+    return attention
+
+
+def _check_call(query, key, attention_mask, dropout, layout):
+    """What a layout cannot express must not be ignored in silence."""
+    if query.shape[0] != 1 or query.shape[2] != layout.total or key.shape[2] != layout.total:
+        raise InputError(
+            f"a packed row has batch 1 and {layout.total} tokens, got query {tuple(query.shape)} "
+            f"and key {tuple(key.shape)}"
+        )
+    if attention_mask is not None and attention_mask.numel() != 1:
+        raise InputError(
+            f"attention_mask {tuple(attention_mask.shape)} was given next to a layout; the layout "
+            f"alone says which tokens see which"
+        )
+    if dropout:
+        raise InputError(f"attention dropout must be 0 with a packed row, got {dropout}")
+
+
+def _vision_attention(fallback: str) -> Callable:
+    return vision_attention

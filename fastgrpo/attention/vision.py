@@ -1,0 +1,51 @@
+"""Vision-tower attention for all images and windows in one variable-length call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def vision_attention(
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs,
+):
+    """The AttentionInterface function for a tower whose blocks pass `cu_seq_lens_q`.
+
+    query, key, value (1, H, T, D); tokens between two consecutive bounds see each other and no one
+    else. Returns (1, T, H, D) and None.
+    """
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+    return block_attention(q, k, v, cu_seq_lens_q, scale=scaling)[None], None
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *, scale: float) -> Tensor:
+    """Full attention inside each block of `bounds` (S + 1,): one batched call per distinct length.
+
+    q, k, v (T, H, D) -> (T, H, D).
+    """
+    bounds = bounds.cpu().to(torch.int64)
+    lengths = bounds[1:] - bounds[:-1]
+    outs, order = [], []
+    for length in lengths.unique().tolist():
+        if length == 0:
+            continue
+        starts = bounds[:-1][lengths == length]
+        index = (starts[:, None] + torch.arange(length)).reshape(-1)
+        order.append(index)
+        index = index.to(q.device)
+        x, y, z = (
+            t.index_select(0, index).unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v)
+        )
+        out = scaled_dot_product_attention(x, y, z, scale=scale)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    restore = torch.argsort(torch.cat(order)).to(q.device)
+    return torch.cat(outs).index_select(0, restore)

@@ -1,0 +1,110 @@
+"""One model as the engine sees it: the wrapper to call, the model inside, its family."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo import attention
+from fastgrpo.errors import InputError
+from fastgrpo.models.families import family_of
+
+
+class Adapter:
+    """A supported model, checked. `InputError` says why another is refused.
+
+    `root` is what the caller trains (plain, PEFT, DDP, FSDP2): every call goes through it, so that
+    its hooks run. `core` is the transformers model inside.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.root = model
+        self.core, self.peft = _unwrap(model)
+        self.config = self.core.config
+        self.text_config = getattr(self.config, "text_config", None) or self.config
+        self.family = family_of(self.config)
+        self.head = self.core.get_output_embeddings()
+        if self.head is None:
+            raise InputError(f"{type(self.core).__name__} has no lm_head; load the model with one")
+        if self.family.images:
+            vision = self.config.vision_config
+            self.merge = vision.spatial_merge_size
+            self.placeholders = (self.config.image_token_id, self.config.video_token_id)
+        else:
+            self.merge, self.placeholders = 1, ()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.core.parameters()).device
+
+    def prepare(self, backend: str | None) -> str:
+        """Refuse what a packed row cannot express, switch attention, and name the backend."""
+        self._check_dropout()
+        if not attention.is_installed(self.core):
+            attention.install(self.core)
+        heads = self.text_config.num_attention_heads
+        head_dim = (
+            getattr(self.text_config, "head_dim", None) or self.text_config.hidden_size // heads
+        )
+        return attention.choose_backend(backend, self.device, self._compute_dtype(), head_dim)
+
+    def prompt_positions(self, prompt_ids: Tensor, vision: dict[str, Tensor]) -> Tensor:
+        """(3, P) positions of one prompt for an M-RoPE family, else (1, P)."""
+        count = prompt_ids.numel()
+        if not self.family.mrope:
+            return torch.arange(count, device=prompt_ids.device)[None]
+        if not vision:
+            return torch.arange(count, device=prompt_ids.device).expand(3, -1)
+        image, video = self.placeholders
+        kind = (prompt_ids == image).int() + 2 * (prompt_ids == video).int()
+        positions, _ = self.core.model.get_rope_index(
+            input_ids=prompt_ids[None],
+            mm_token_type_ids=kind[None],
+            image_grid_thw=vision["image_grid_thw"],
+        )
+        return positions[:, 0]
+
+    def _compute_dtype(self) -> torch.dtype:
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return next(p.dtype for p in self.core.parameters() if p.is_floating_point())
+
+    def _check_dropout(self):
+        """Dropout would draw one mask for a shared prompt where the plain forward draws G."""
+        if not self.core.training:
+            return
+        for name, module in self.core.named_modules():
+            rate = module.p if isinstance(module, nn.Dropout) else 0.0
+            rate = rate or getattr(module, "attention_dropout", 0.0)
+            if module.training and rate:
+                raise InputError(
+                    f"dropout {rate} in {name or 'the model'}: a prompt shared by its completions "
+                    f"has one dropout mask where separate forwards have one each; set it to 0 "
+                    f"(attention_dropout, lora_dropout) or call model.eval()"
+                )
+
+
+def _unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """The transformers model inside DDP, torch.compile and PEFT wrappers, and the PEFT wrapper."""
+    from transformers import PreTrainedModel
+
+    peft = None
+    while not isinstance(model, PreTrainedModel):
+        if hasattr(model, "get_base_model"):  # PEFT
+            peft = model
+            if getattr(model.active_peft_config, "is_prompt_learning", False):
+                raise InputError(
+                    f"PEFT {model.active_peft_config.peft_type} adds virtual tokens in front of "
+                    f"the row, which a packed row cannot place before each prompt"
+                )
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):  # DDP, DeepSpeed
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = model._orig_mod
+        else:
+            raise InputError(
+                f"model must be a transformers model, plain or wrapped, got {type(model).__name__}"
+            )
+    return model, peft

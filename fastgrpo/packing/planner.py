@@ -1,0 +1,108 @@
+"""Which completions share a prompt, and which prompts share a packed row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastgrpo.errors import InputError
+from fastgrpo.packing.group import Group
+
+# Rows of about this many tokens keep a GPU busy; without a budget from the caller no row grows
+# beyond it unless a single prompt and completion already do.
+DEFAULT_TOKENS = 16384
+
+
+@dataclass
+class Part:
+    """Some completions of one distinct prompt: `members` are (group, completion) positions."""
+
+    group: Group
+    members: list[tuple[int, int]]
+    lengths: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return self.group.prompt_ids.numel() + sum(self.lengths)
+
+
+def regroup(groups: Sequence[Group], skip: set[tuple[int, int]] = frozenset()) -> list[Part]:
+    """One Part per distinct prompt (same ids and same images), completions in the caller's order.
+
+    A hash finds candidates; equality of every tensor decides. `skip` leaves completions out.
+    """
+    parts: list[Part] = []
+    by_key: dict[tuple, list[Part]] = {}
+    for g, group in enumerate(groups):
+        members = [(g, c) for c in range(len(group.completions)) if (g, c) not in skip]
+        if not members:
+            continue
+        candidates = by_key.setdefault(_key(group), [])
+        part = next((p for p in candidates if _same_prompt(p.group, group)), None)
+        if part is None:
+            part = Part(group, [], [])
+            candidates.append(part)
+            parts.append(part)
+        part.members += members
+        part.lengths += [group.completions[c].numel() for _, c in members]
+    return parts
+
+
+def plan_rows(parts: Sequence[Part], max_tokens: int | None = None) -> list[list[Part]]:
+    """Rows of at most `max_tokens` tokens: whole prompts first, one is split only when it must be.
+
+    First-fit decreasing, deterministic. Raises `InputError` when one prompt and completion alone
+    exceed a `max_tokens` given by the caller.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
+    budget = DEFAULT_TOKENS if max_tokens is None else max_tokens
+    pieces = [piece for part in parts for piece in _split(part, budget, max_tokens is not None)]
+    rows: list[list[int]] = []
+    space: list[int] = []
+    for i in sorted(range(len(pieces)), key=lambda i: -pieces[i].tokens):
+        need = pieces[i].tokens
+        row = next((r for r, left in enumerate(space) if left >= need), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            space.append(budget)
+        rows[row].append(i)
+        space[row] -= need
+    return [[pieces[i] for i in sorted(row)] for row in sorted(rows, key=min)]
+
+
+def _split(part: Part, budget: int, strict: bool) -> list[Part]:
+    if part.tokens <= budget:
+        return [part]
+    prompt = part.group.prompt_ids.numel()
+    pieces: list[Part] = []
+    for member, length in zip(part.members, part.lengths, strict=True):
+        if strict and prompt + length > budget:
+            raise InputError(
+                f"{part.group.name} (group {member[0]}, completion {member[1]}): prompt of {prompt}"
+                f" and completion of {length} tokens exceed max_tokens={budget}"
+            )
+        if not pieces or pieces[-1].tokens + length > budget:
+            pieces.append(Part(part.group, [], []))
+        pieces[-1].members.append(member)
+        pieces[-1].lengths.append(length)
+    return pieces
+
+
+def _key(group: Group) -> tuple:
+    vision = sorted(group.vision.items())
+    content = [float(v.sum(dtype=torch.float64)) for _, v in vision]
+    shapes = [(k, v.dtype, tuple(v.shape)) for k, v in vision]
+    return group.prompt_ids.cpu().numpy().tobytes(), tuple(shapes), tuple(content)
+
+
+def _same_prompt(a: Group, b: Group) -> bool:
+    def same(x, y):
+        return x is y or torch.equal(x, y)
+
+    return same(a.prompt_ids, b.prompt_ids) and all(
+        same(v, b.vision[k]) for k, v in a.vision.items()
+    )

@@ -1,0 +1,172 @@
+"""From a plan to the tensors of one forward: ids, positions, images, targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgrpo.errors import InputError
+from fastgrpo.packing.group import Group
+from fastgrpo.packing.layout import GroupLayout
+from fastgrpo.packing.planner import Part
+
+IGNORED = -100  # target of a token without a loss
+
+
+class PackedRow:
+    """One row: `parts` in order, each prompt once, then its completions.
+
+    `inputs` are the model's keyword arguments, `targets` (N,) int64 the completion tokens in row
+    order, `members` the (group, completion) of each completion and `lengths` their lengths.
+    """
+
+    def __init__(
+        self,
+        adapter,
+        parts: Sequence[Part],
+        groups: Sequence[Group],
+        backend: str,
+        neutral_id: int | None = None,
+    ):
+        """`adapter` is a `models.Adapter`. `neutral_id`: an image placeholder inside a completion
+        is fed to the model as this token and has no loss; None: it is an `InputError`."""
+        device = adapter.device
+        self.members = [member for part in parts for member in part.members]
+        self.lengths = [length for part in parts for length in part.lengths]
+        layout = [(part.group.prompt_ids.numel(), part.lengths) for part in parts]
+        self.layout = GroupLayout(layout, device=device, backend=backend)
+
+        ids, positions, targets = [], [], []
+        for part in parts:
+            check_prompt(adapter, part.group)
+            prompt = part.group.prompt_ids
+            where = adapter.prompt_positions(prompt.cpu(), _grids(part.group))
+            # Completions go on where the prompt ended on the widest axis, not at its length: an
+            # image of h x w tokens advances the positions by max(h, w).
+            following = int(where.max()) + 1
+            ids.append(prompt.to(device))
+            positions.append(where)
+            for g, c in part.members:
+                fed, target = _completion(adapter, groups[g], c, neutral_id)
+                ids.append(fed.to(device))
+                targets.append(target.to(device))
+                after = torch.arange(following, following + fed.numel())
+                positions.append(after.expand(where.shape[0], -1))
+        position_ids = torch.cat(positions, 1)
+        if adapter.family.mrope:
+            position_ids = position_ids[:, None]  # (3, 1, T)
+        self.targets = torch.cat(targets) if targets else torch.zeros(0, dtype=torch.int64)
+        self.inputs = {
+            "input_ids": torch.cat(ids)[None],
+            "position_ids": position_ids.to(device),
+            # A 4-D mask is passed through as it is: transformers must not infer the structure of
+            # the row from positions or build a (T, T) mask of its own.
+            "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
+            "fg_layout": self.layout,
+            "logits_to_keep": self.layout.keep_rows,
+            "use_cache": False,
+        }
+        self.inputs |= packed_vision(adapter, [part.group for part in parts], device)
+
+    def per_token(self, groups: Sequence[Group], field: str) -> Tensor:
+        """(N,) values of one of the groups' per-token lists, in row order."""
+        values = [getattr(groups[g], field)[c] for g, c in self.members]
+        return torch.cat(values).to(self.targets.device)
+
+    def split(self, values: Tensor) -> list[tuple[tuple[int, int], Tensor]]:
+        """(N,) values cut into ((group, completion), (C,)) pairs."""
+        return list(zip(self.members, values.split(self.lengths), strict=True))
+
+
+def check_prompt(adapter, group: Group) -> None:
+    """`InputError` naming sample, tokens and features when placeholders and images disagree."""
+    allowed = adapter.family.images
+    known = {*allowed, "mm_token_type_ids", "attention_mask", "input_ids"}
+    for key in group.vision:
+        if key not in known:
+            what = "videos are not served" if "video" in key else f"expected {list(allowed)}"
+            raise InputError(f"{group.name}: vision[{key!r}] is not understood; {what}")
+    ids = group.prompt_ids
+    vocabulary = adapter.core.get_input_embeddings().num_embeddings
+    for what, t in [("prompt_ids", ids)] + [
+        (f"completions[{i}]", c) for i, c in enumerate(group.completions)
+    ]:
+        if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < vocabulary:
+            raise InputError(f"{group.name}: {what} has an id outside [0, {vocabulary})")
+    if not allowed:
+        if any(key in group.vision for key in ("pixel_values", "image_grid_thw")):
+            raise InputError(f"{group.name}: images given to text model {adapter.family.name!r}")
+        return
+    image, video = adapter.placeholders
+    if bool((ids == video).any()):
+        raise InputError(f"{group.name}: prompt_ids has video placeholders; videos are not served")
+    missing = [key for key in allowed if key not in group.vision]
+    if 0 < len(missing) < len(allowed):
+        raise InputError(f"{group.name}: vision lacks {missing[0]!r}")
+    runs = _runs(ids == image)
+    if missing:
+        if runs:
+            raise InputError(
+                f"{group.name}: prompt_ids has {sum(runs)} image tokens, vision has no images"
+            )
+        return
+    grid = group.vision["image_grid_thw"]
+    if grid.ndim != 2 or grid.shape[1] != 3:
+        raise InputError(f"{group.name}: image_grid_thw must be (n, 3), not {tuple(grid.shape)}")
+    patches = int(grid.prod(1).sum())
+    if patches != group.vision["pixel_values"].shape[0]:
+        raise InputError(
+            f"{group.name}: image_grid_thw counts {patches} patches, pixel_values has "
+            f"{group.vision['pixel_values'].shape[0]}"
+        )
+    features = (grid.prod(1) // adapter.merge**2).tolist()
+    if runs != features:
+        raise InputError(
+            f"{group.name}: image tokens and image features do not match: prompt_ids has "
+            f"{sum(runs)} tokens in runs {runs}, the images give {sum(features)} features {features}"
+        )
+
+
+def packed_vision(adapter, groups: Sequence[Group], device) -> dict[str, Tensor]:
+    """The images of all prompts of a row, in row order: each is encoded once per row."""
+    with_images = [g for g in groups if "pixel_values" in g.vision]
+    if not with_images:
+        return {}
+    return {
+        key: torch.cat([g.vision[key] for g in with_images]).to(device)
+        for key in adapter.family.images
+    }
+
+
+def _grids(group: Group) -> dict[str, Tensor]:
+    return {k: v.cpu() for k, v in group.vision.items() if k == "image_grid_thw"}
+
+
+def _runs(flags: Tensor) -> list[int]:
+    """Lengths of the runs of True."""
+    padded = torch.zeros(flags.numel() + 2, dtype=torch.int8)
+    padded[1:-1] = flags.cpu()
+    step = padded.diff()
+    return ((step == -1).nonzero() - (step == 1).nonzero())[:, 0].tolist()
+
+
+def _completion(adapter, group: Group, c: int, neutral_id: int | None) -> tuple[Tensor, Tensor]:
+    """(C,) ids to feed and (C,) targets, `IGNORED` where the token has no loss."""
+    ids = group.completions[c]
+    target = ids
+    if group.mask is not None:
+        target = torch.where(group.mask[c].to(ids.device) != 0, ids, IGNORED)
+    if not adapter.placeholders:
+        return ids, target
+    bad = torch.isin(ids, torch.tensor(adapter.placeholders, device=ids.device))
+    if not bool(bad.any()):
+        return ids, target
+    if neutral_id is None:
+        where = int(bad.nonzero()[0, 0])
+        raise InputError(
+            f"{group.name}: completions[{c}] has the image or video placeholder {int(ids[where])} "
+            f"at token {where}, where there is no image; forbid the id in sampling"
+        )
+    return ids.masked_fill(bad, neutral_id), target.masked_fill(bad, IGNORED)

@@ -5,8 +5,10 @@ Importing starts nothing: no CUDA context, no patching, no environment edits.
 
 from fastgrpo.engine import score
 from fastgrpo.errors import InputError
+from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops.average_precision import average_precision
 from fastgrpo.ops.box_iou import box_iou, pairwise_box_iou
+from fastgrpo.ops.grpo_loss import GRPOLoss, grpo_loss, merge_metrics
 from fastgrpo.ops.linear_logprob import linear_logprob
 from fastgrpo.ops.match_boxes import match_boxes
 from fastgrpo.packing import Group

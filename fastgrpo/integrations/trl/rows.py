@@ -1,0 +1,157 @@
+"""TRL's padded rows as groups, and per-token values of the groups back as padded rows.
+
+Letters: B rows, P prompt columns (left-padded), C completion columns (right-padded).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgrpo.errors import InputError
+from fastgrpo.packing import Group
+
+# Inputs TRL hands to families whose images the engine does not pack.
+FOREIGN_INPUTS = (
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "image_position_ids",
+)
+
+
+@dataclass
+class Rows:
+    """The rows of one padded batch, unpadded.
+
+    `prompts[b]` (P_b,) and `completions[b]` (C_b,) are cut by the attention mask, never by the pad
+    id, which may occur inside either. `vision[b]` holds row b's own images.
+    """
+
+    prompts: list[Tensor]
+    completions: list[Tensor]
+    vision: list[dict[str, Tensor]]
+    placeholder: Tensor  # (B, C) image or video placeholders sampled inside a completion
+
+
+def read_rows(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    num_columns: int,
+    *,
+    pixel_values: Tensor | None = None,
+    image_grid_thw: Tensor | None = None,
+    num_images: list[int] | None = None,
+    mm_token_type_ids: Tensor | None = None,
+    placeholder_ids: tuple[int, ...] = (),
+    neutral_id: int = 0,
+) -> Rows:
+    """Unpads (B, P + C) ids. A placeholder inside a completion is read as `neutral_id`.
+
+    A completion must be contiguous and start in column P; raises `InputError` naming the row.
+    """
+    width = input_ids.shape[1] - num_columns
+    prompt_mask, completion_mask = attention_mask.bool().split([width, num_columns], dim=1)
+    prompt_ids, completion_ids = input_ids.split([width, num_columns], dim=1)
+    lengths = completion_mask.sum(1)
+    columns = torch.arange(num_columns, device=input_ids.device)
+    hole = (completion_mask != (columns < lengths[:, None])).any(1)
+    if hole.any():
+        raise InputError(
+            f"row {int(hole.nonzero()[0])}: the completion mask has a hole; a completion must be "
+            "right-padded"
+        )
+    placeholder = torch.zeros_like(completion_mask)
+    if placeholder_ids:
+        ids = torch.tensor(placeholder_ids, device=input_ids.device)
+        placeholder = torch.isin(completion_ids, ids) & completion_mask
+        if mm_token_type_ids is not None and mm_token_type_ids[:, width:].any():
+            raise InputError(
+                "images inside a completion (returned by a tool) cannot be packed; train this "
+                "environment with TRL's own trainer"
+            )
+        completion_ids = completion_ids.masked_fill(placeholder, neutral_id)
+    return Rows(
+        prompts=[ids[keep] for ids, keep in zip(prompt_ids, prompt_mask, strict=True)],
+        completions=[c[:n] for c, n in zip(completion_ids, lengths.tolist(), strict=True)],
+        vision=split_vision(pixel_values, image_grid_thw, num_images, len(input_ids)),
+        placeholder=placeholder,
+    )
+
+
+def split_vision(
+    pixel_values: Tensor | None,
+    image_grid_thw: Tensor | None,
+    num_images: list[int] | None,
+    num_rows: int,
+) -> list[dict[str, Tensor]]:
+    """Cuts the concatenated patches of a batch into one dict per row; {} for a row of text."""
+    if pixel_values is None or pixel_values.shape[0] == 0:
+        return [{} for _ in range(num_rows)]
+    if image_grid_thw is None or num_images is None:
+        raise InputError(
+            "pixel_values came without image_grid_thw and num_images: only the Qwen-VL families' "
+            "packed patches are supported"
+        )
+    grids = image_grid_thw.split(num_images)
+    patches = pixel_values.split([int(grid.prod(-1).sum()) for grid in grids])
+    return [
+        {"pixel_values": p, "image_grid_thw": grid} if len(grid) else {}
+        for p, grid in zip(patches, grids, strict=True)
+    ]
+
+
+def as_groups(rows: Rows) -> tuple[list[Group], list[int]]:
+    """One group of one completion per row that has completion tokens, and those rows.
+
+    `score` brings equal prompts together. A row whose completion is empty, or masked because it was
+    truncated, is in no group.
+    """
+    members = [row for row, ids in enumerate(rows.completions) if ids.numel()]
+    return [
+        Group(rows.prompts[row], [rows.completions[row]], rows.vision[row], sample_id=f"row {row}")
+        for row in members
+    ], members
+
+
+def scatter(values: list[Tensor], members: list[int], rows: Rows) -> Tensor:
+    """(B, C) float32 with `values[i]` (C_i,) in row `members[i]`; exactly 0 where nothing counts.
+
+    Differentiable in `values`. Placeholders inside a completion are 0 and pass no gradient.
+    """
+    shape, device = rows.placeholder.shape, rows.placeholder.device
+    if not members:
+        return torch.zeros(shape, device=device)
+    columns = torch.arange(shape[1], device=device)
+    index = torch.cat(
+        [columns[: len(v)] + row * shape[1] for v, row in zip(values, members, strict=True)]
+    )
+    flat = torch.zeros(shape, device=device).view(-1)
+    padded = flat.index_copy(0, index, torch.cat(values).float()).view(shape)
+    return padded.masked_fill(rows.placeholder, 0.0)
+
+
+def plan_micro_batches(group_of_row: list[int], order: list[int], num_batches: int) -> list[int]:
+    """A permutation of the rows whose equal chunks hold whole groups wherever they fit.
+
+    `order` is a permutation of the rows: groups are placed in the order it first meets them, each
+    into the first chunk with room for all of it; rows of the groups that fit nowhere fill the gaps.
+    """
+    rows_of_group: dict[int, list[int]] = {}
+    for row in order:
+        rows_of_group.setdefault(group_of_row[row], []).append(row)
+    room = len(order) // num_batches
+    chunks: list[list[int]] = [[] for _ in range(num_batches)]
+    left: list[int] = []
+    for members in rows_of_group.values():
+        chunk = next((c for c in chunks if len(c) + len(members) <= room), None)
+        left.extend(members) if chunk is None else chunk.extend(members)
+    for chunk in chunks:
+        take = room - len(chunk)
+        chunk.extend(left[:take])
+        del left[:take]
+    return [row for chunk in chunks for row in chunk]

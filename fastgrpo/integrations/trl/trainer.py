@@ -1,0 +1,313 @@
+"""TRL's GRPOTrainer with packed groups: the same numbers, each prompt and its images once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from trl import GRPOTrainer
+from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict
+from trl.trainer.utils import unsplit_pixel_values_by_grid as unsplit_pixel_values
+
+from fastgrpo.engine import score
+from fastgrpo.errors import InputError
+from fastgrpo.integrations.trl.guard import RewardGuard
+from fastgrpo.integrations.trl.rows import as_groups, plan_micro_batches, read_rows, scatter
+from fastgrpo.integrations.trl.selfcheck import check_against_trl
+from fastgrpo.integrations.trl.support import check_trainer, check_version
+
+QUARANTINE_COLUMN = "quarantine_reason"
+
+
+@dataclass(frozen=True)
+class FastOptions:
+    """How the trainer is accelerated; the numbers of the step do not depend on it.
+
+    `max_tokens`: the longest packed row (None: the engine's default). `backend`: the attention
+    implementation (None: the best for the device). `self_check`: compare the first micro-batch of
+    each model with TRL's own values and raise on a mismatch. `keep_groups`: shuffle whole groups
+    instead of rows between micro-batches, so that a group stays together. `guard_rewards`,
+    `reward_timeout` (seconds per call): see `RewardGuard`. `exact_zero_advantages`: a group whose
+    rewards are all equal gets advantages of exactly 0, where TRL leaves the rounding residue of
+    mean and standard deviation (6e-4 for eight rewards of 0.9, 0.85 for eight of 10000.1).
+    `liger_kernels`: liger-kernel's RMSNorm, rotary and SwiGLU layers (never its loss), CUDA only.
+    """
+
+    max_tokens: int | None = None
+    backend: str | None = None
+    self_check: bool = True
+    keep_groups: bool = True
+    guard_rewards: bool = True
+    reward_timeout: float | None = None
+    exact_zero_advantages: bool = True
+    liger_kernels: bool = False
+
+
+class _FastMixin:
+    """The methods that replace TRL's; see `accelerate`."""
+
+    def _install(self, options: FastOptions) -> None:
+        check_trainer(self, _FastMixin)
+        self.fast = options
+        self._checked_models: set[int] = set()
+        self._rewards: Tensor | None = None
+        self._guard = RewardGuard(options.reward_timeout)
+        if options.guard_rewards:
+            self.reward_funcs = [
+                f if isinstance(f, nn.Module) else self._guard.wrap(f, name)
+                for f, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+            ]
+        config = self.accelerator.unwrap_model(self.model).config
+        ids = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
+        self._placeholder_ids = tuple(i for i in ids if i is not None) if self._is_vlm else ()
+        if options.liger_kernels:
+            apply_liger_layers(self)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        pixel_values=None,
+        image_grid_thw=None,
+        num_images=None,
+        mm_token_type_ids=None,
+        **foreign,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's per-token values from packed groups; (B, C), exactly 0 where nothing counts."""
+        for name, value in foreign.items():
+            if value is not None:
+                raise InputError(
+                    f"{name}: images of {type(model).__name__} cannot be packed; the supported "
+                    "families are Qwen2-VL, Qwen2.5-VL, Qwen3-VL and text models"
+                )
+        if compute_aux_loss:
+            raise InputError("router_aux_loss_coef: refused, see fastgrpo.integrations.trl")
+        rows = read_rows(
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            num_images=num_images,
+            mm_token_type_ids=mm_token_type_ids,
+            placeholder_ids=self._placeholder_ids,
+            neutral_id=self._tokenizer.pad_token_id,
+        )
+        groups, members = as_groups(rows)
+        with self.accelerator.autocast():
+            scores = score(
+                model,
+                groups,
+                temperature=self.temperature,
+                outputs=("logp", "entropy") if compute_entropy else ("logp",),
+                max_tokens=self.fast.max_tokens,
+                backend=self.fast.backend,
+            )
+        logps = scatter([s.logp[0] for s in scores], members, rows)
+        entropies = None
+        if compute_entropy:
+            entropies = scatter([s.entropy[0] for s in scores], members, rows)
+        if not groups and torch.is_grad_enabled():  # backward() must still find a graph
+            weight = next(p for p in model.parameters() if p.requires_grad)
+            logps = logps + weight.flatten()[:0].sum().to(logps)
+        if self.fast.self_check and groups and id(model) not in self._checked_models:
+            self._checked_models.add(id(model))
+            error = check_against_trl(
+                super()._get_per_token_logps_and_entropies,
+                model,
+                rows,
+                members,
+                logps,
+                dict(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    mm_token_type_ids=mm_token_type_ids,
+                ),
+                half_precision=self._half_precision(model),
+            )
+            self._metrics[self._mode]["fastgrpo/self_check_max_abs"].append(error)
+        return logps, entropies, None
+
+    def _half_precision(self, model: nn.Module) -> bool:
+        dtype = next(model.parameters()).dtype
+        return dtype.itemsize < 4 or self.accelerator.mixed_precision != "no"
+
+    def _tokenize_prompts(self, prompts):
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        if images is not None and not self.use_vllm:
+            # Processors take [] for a prompt without images; TRL's None ends in a TypeError.
+            images = [row or [] for row in images]
+        return prompt_ids, images, fields
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _prepare_inputs(self, generation_batch):
+        if self._mode == "eval" or not self.fast.keep_groups:
+            return super()._prepare_inputs(generation_batch)
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            batch = _take_rows(split_pixel_values_by_grid(batch), self._row_order(batch))
+            self._buffered_inputs = [
+                unsplit_pixel_values(chunk) for chunk in split_tensor_dict(batch, steps)
+            ]
+        return self._buffered_inputs[self._step % steps]
+
+    def _row_order(self, batch: dict) -> list[int]:
+        num_rows = len(batch["completion_ids"])
+        first = self.accelerator.process_index * num_rows  # a group may straddle two processes
+        group_of_row = [(first + row) // self.num_generations for row in range(num_rows)]
+        # One draw of TRL's size: sampling after it sees the random numbers it would see in TRL.
+        order = torch.randperm(num_rows).tolist()
+        return plan_micro_batches(group_of_row, order, self.args.steps_per_generation)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        device, names = rewards.device, self.reward_func_names
+        infinite = rewards.isinf()  # from a reward model: functions are guarded one by one
+        rewards = rewards.masked_fill(infinite, torch.nan)
+        reasons = [example.get(QUARANTINE_COLUMN) for example in inputs]
+        broken = torch.tensor([reason is not None for reason in reasons], device=device)
+        broken = self.accelerator.gather(broken)
+        rewards[broken] = torch.nan
+        counts = self._guard.take_counts()
+        local = torch.tensor([float(counts[name]) for name in names], device=device)
+        failed = self.accelerator.gather(local).view(-1, len(names)).sum(0) + infinite.sum(0)
+        metrics = self._metrics[self._mode]
+        for name, value in zip(names, failed.tolist(), strict=True):
+            metrics[f"fastgrpo/reward_errors/{name}"].append(value)
+        metrics["fastgrpo/quarantined"].append(float(broken.sum()))
+        for reason, count in Counter(r for r in reasons if r is not None).items():
+            self._guard.count("image", reason, count)
+        self._rewards = rewards
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        self._exclude_placeholders(output)
+        if self.fast.exact_zero_advantages:
+            self._zero_equal_groups(output)
+        live = (self.accelerator.gather(output["advantages"]) != 0).float().mean().item()
+        self._metrics[self._mode]["fastgrpo/frac_nonzero_advantage"].append(live)
+        return output
+
+    def _exclude_placeholders(self, output: dict) -> None:
+        """Image and video placeholders the policy sampled: no loss, counted."""
+        if not self._placeholder_ids:
+            return
+        ids = torch.tensor(self._placeholder_ids, device=output["completion_ids"].device)
+        sampled = torch.isin(output["completion_ids"], ids)
+        tool_mask = output.get("tool_mask", torch.ones_like(output["completion_mask"]))
+        sampled &= (output["completion_mask"] * tool_mask).bool()
+        count = self.accelerator.gather(sampled.sum()).sum()
+        self._metrics[self._mode]["fastgrpo/sampled_placeholders"].append(float(count))
+        if sampled.any():
+            output["tool_mask"] = tool_mask.masked_fill(sampled, 0)
+        output["num_items_in_batch"] = output["num_items_in_batch"] - count
+
+    def _zero_equal_groups(self, output: dict) -> None:
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            return
+        size = self.num_generations if self._mode == "train" else self.num_generations_eval
+        weights = self.reward_weights.to(self._rewards.device)
+        total = (self._rewards * weights).nansum(1)
+        unscored = self._rewards.isnan().all(1)
+        low = total.masked_fill(unscored, torch.inf).view(-1, size).amin(1)
+        high = total.masked_fill(unscored, -torch.inf).view(-1, size).amax(1)
+        rounding = 4 * torch.finfo(total.dtype).eps * torch.maximum(low.abs(), high.abs())
+        equal = (high - low <= rounding).repeat_interleave(size)
+        advantages, logged = output["advantages"], self._logs["advantages"]
+        first = self.accelerator.process_index * len(advantages)
+        output["advantages"] = advantages.masked_fill(equal[first : first + len(advantages)], 0.0)
+        offset = len(logged) - len(equal)
+        for row in equal.nonzero()[:, 0].tolist():
+            if offset + row >= 0:
+                logged[offset + row] = 0.0
+
+
+class FastGRPOTrainer(_FastMixin, GRPOTrainer):
+    """TRL's GRPOTrainer, accelerated: same constructor, and `fast=FastOptions(...)` or a dict."""
+
+    _tag_names = [*GRPOTrainer._tag_names, "fastgrpo"]
+
+    def __init__(self, *args, fast: FastOptions | dict | None = None, **kwargs):
+        check_version()
+        options = fast if isinstance(fast, FastOptions) else _options(fast or {})
+        super().__init__(*args, **kwargs)
+        self._install(options)
+
+
+def accelerate(trainer: GRPOTrainer, **options) -> GRPOTrainer:
+    """Makes any TRL GRPOTrainer instance compute its log-probabilities from packed groups.
+
+    The instance keeps its class's own methods; loss, masks, metrics, callbacks, logging and
+    checkpoints stay TRL's. Options are the fields of `FastOptions`. Returns the trainer. Raises
+    `InputError`, with the reason, for another trl version, a trainer or a model something else has
+    patched, and options a packed row cannot express.
+    """
+    chosen = _options(options)
+    if isinstance(trainer, _FastMixin):
+        raise InputError(f"{type(trainer).__name__} is accelerated already")
+    check_trainer(trainer, _FastMixin)
+    cls = type(trainer)
+    fast = (
+        FastGRPOTrainer
+        if cls is GRPOTrainer
+        else type(f"Fast{cls.__name__}", (_FastMixin, cls), {})
+    )
+    trainer.__class__ = fast
+    trainer._install(chosen)
+    return trainer
+
+
+def _options(values: dict) -> FastOptions:
+    known = [field.name for field in fields(FastOptions)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise InputError(f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}")
+    return FastOptions(**values)
+
+
+def _take_rows(batch: dict, order: list[int]) -> dict:
+    """The batch with its rows in `order`; scalars and absent fields as they are."""
+
+    def take(value):
+        if value is None or (isinstance(value, Tensor) and value.ndim == 0):
+            return value
+        return value[order] if isinstance(value, Tensor) else [value[row] for row in order]
+
+    return {key: take(value) for key, value in batch.items()}
+
+
+def apply_liger_layers(trainer: GRPOTrainer) -> None:
+    """Swaps the model's RMSNorm, rotary embedding and SwiGLU for liger-kernel's, not its loss."""
+    device = trainer.accelerator.device
+    if device.type != "cuda":
+        raise InputError(f"liger_kernels=True needs a CUDA device, the model is on {device}")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance as apply
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
+    except ImportError as error:
+        raise InputError(f"liger_kernels=True needs liger-kernel installed: {error}") from error
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        model = trainer.accelerator.unwrap_model(model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if base.config.model_type not in known:
+            raise InputError(f"liger-kernel has no layers for {base.config.model_type}")
+        apply(
+            base,
+            rope=True,
+            rms_norm=True,
+            swiglu=True,
+            cross_entropy=False,
+            fused_linear_cross_entropy=False,
+        )

@@ -152,7 +152,9 @@ def _group_attention(fallback: str) -> Callable:
                 **kwargs,
             )
         _check_call(query, key, attention_mask, dropout, fg_layout)
-        out = get_backend(fg_layout.backend).attend(
+        # A rollout's state attends by itself; a GroupLayout names a backend.
+        attend = getattr(fg_layout, "attend", None) or get_backend(fg_layout.backend).attend
+        out = attend(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),

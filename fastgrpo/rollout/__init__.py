@@ -1,0 +1,4 @@
+"""Rollouts in the training process."""
+
+from fastgrpo.rollout.generate import generate
+from fastgrpo.rollout.sampling import Sampling

@@ -1,0 +1,190 @@
+"""generate: sample completions in the training process, each prompt and image prefilled once.
+
+Letters: P prompts, G completions per prompt, B = P G rows, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.errors import InputError
+from fastgrpo.models.adapter import Adapter
+from fastgrpo.models.head import effective_head, replaced_head, under_autocast
+from fastgrpo.packing.group import Group
+from fastgrpo.packing.planner import Part, plan_rows
+from fastgrpo.packing.row import PackedRow
+from fastgrpo.rollout.sampling import Sampling
+from fastgrpo.rollout.state import DecodeState, Prefill
+
+
+@torch.no_grad()
+def generate(
+    model,
+    groups: Sequence[Group],
+    num_generations: int,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    suppress_token_ids: Sequence[int] = (),
+    seed: int | None = None,
+    max_tokens: int | None = None,
+    backend: str | None = None,
+) -> list[Group]:
+    """Sample `num_generations` completions of every group's prompt with the model as it is now.
+
+    The distribution is that of `model.generate(do_sample=True)` with the same settings (and every
+    other setting neutral): suppressed ids, temperature, top-k, top-p in that order; temperature 0
+    is greedy. A prompt and its images are encoded once, and each decoding step reads the prompt's
+    keys once for its G rows. Image and video placeholders are always suppressed: a sampled one
+    has no image.
+
+    Returns new groups with `completions` (G tensors (C_i,), the end token included, at most
+    `max_new_tokens`) and `rollout_logp`, the log-probs that `score` gives at this temperature (at
+    temperature 1 for a greedy rollout); all other fields of the given groups stay, `advantages`
+    and other per-completion fields are dropped.
+
+    `eos_token_id`: one id or several; None takes the model's generation config. `seed` makes the
+    result repeatable; None draws from the default generator. `max_tokens`: the most prompt tokens
+    encoded in one row. The model's train mode is restored afterwards. Raises `InputError`.
+    """
+    if num_generations < 1 or max_new_tokens < 1:
+        raise InputError(
+            f"num_generations and max_new_tokens must be at least 1, got {num_generations} and "
+            f"{max_new_tokens}"
+        )
+    for group in groups:
+        if group.completions:
+            raise InputError(f"{group.name}: has completions already; generate fills empty groups")
+    if not groups:
+        return []
+    adapter = Adapter(model)
+    sampling = Sampling(temperature, top_k, top_p, (*suppress_token_ids, *adapter.placeholders))
+    ends = _end_ids(adapter, eos_token_id)
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(adapter.device).manual_seed(seed)
+    with _evaluating(model):
+        state, logits, position = _prefill(
+            adapter, groups, num_generations, max_new_tokens, max_tokens, backend
+        )
+        tokens, logps = _decode(adapter, state, logits, position, sampling, ends, generator)
+    return _filled(groups, num_generations, tokens, logps, ends)
+
+
+def _prefill(adapter, groups, num_generations, steps, max_tokens, backend):
+    """The decode state after all prompts, (B, V) logits of the first token, (B,) its position."""
+    chosen = adapter.prepare(backend)
+    parts = [Part(group, [], []) for group in groups]
+    where = {id(part): i for i, part in enumerate(parts)}
+    prefixes: list = [None] * len(groups)
+    logits: list = [None] * len(groups)
+    position = torch.empty(len(groups), dtype=torch.int64)
+    for members in plan_rows(parts, max_tokens):
+        row = PackedRow(adapter, members, groups, chosen)
+        recorder = Prefill(row.layout)
+        ends = row.layout.cu_q[1:].long() - 1
+        row.inputs |= {"fg_layout": recorder, "logits_to_keep": ends}
+        last = _logits(adapter, row.inputs)
+        sizes = [part.group.prompt_ids.numel() for part in members]
+        layers = [(k.split(sizes), v.split(sizes)) for k, v in recorder.layers]
+        following = row.inputs["position_ids"].reshape(-1, row.layout.total).split(sizes, 1)
+        for n, part in enumerate(members):
+            i = where[id(part)]
+            prefixes[i] = [(k[n], v[n]) for k, v in layers]
+            logits[i] = last[n]
+            position[i] = following[n].max() + 1
+    state = DecodeState(prefixes, num_generations, steps)
+    rows = torch.stack(logits).repeat_interleave(num_generations, 0)
+    return state, rows, position.repeat_interleave(num_generations).to(adapter.device)
+
+
+def _decode(adapter, state, logits, position, sampling, ends, generator):
+    """(B, steps) sampled ids and their log-probs; a row's entries after its end mean nothing."""
+    device = adapter.device
+    steps = state.own[0][0].shape[2]
+    ends = torch.tensor(ends, dtype=torch.int64, device=device)
+    running = torch.ones(state.total, dtype=torch.bool, device=device)
+    tokens, logps = [], []
+    for step in range(steps):
+        token, logp = sampling.draw(logits, generator)
+        tokens.append(token)
+        logps.append(logp)
+        running &= ~torch.isin(token, ends)
+        if step + 1 == steps or not running.any():
+            break
+        where = position + step
+        if adapter.family.mrope:
+            where = where.expand(3, 1, -1)
+        inputs = {
+            "input_ids": token[None],
+            "position_ids": where if where.ndim == 3 else where[None],
+            "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
+            "fg_layout": state,
+            "use_cache": False,
+        }
+        logits = _logits(adapter, inputs)
+        state.steps_done += 1
+    return torch.stack(tokens, 1), torch.stack(logps, 1)
+
+
+def _logits(adapter: Adapter, inputs: dict) -> Tensor:
+    """(rows, V) float32 logits of the rows the model is asked to keep."""
+
+    def project(hidden: Tensor) -> Tensor:
+        x, weight, bias = under_autocast(hidden, *effective_head(adapter.head))
+        return nn.functional.linear(x, weight, bias).float()
+
+    with replaced_head(adapter.head, project):
+        return adapter.root(**inputs).logits[0]
+
+
+def _end_ids(adapter: Adapter, eos_token_id: int | Sequence[int] | None) -> list[int]:
+    if eos_token_id is None:
+        config = getattr(adapter.core, "generation_config", None)
+        eos_token_id = getattr(config, "eos_token_id", None)
+    if eos_token_id is None:
+        return []
+    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+
+
+def _filled(groups, num_generations: int, tokens: Tensor, logps: Tensor, ends: list[int]):
+    """The groups with their completions, each cut after its first end token."""
+    stop = torch.isin(tokens, torch.tensor(ends, dtype=torch.int64, device=tokens.device))
+    stop[:, -1] = True
+    lengths = (stop.int().argmax(1) + 1).tolist()
+    filled = []
+    for i, group in enumerate(groups):
+        rows = range(i * num_generations, (i + 1) * num_generations)
+        device = group.prompt_ids.device
+        filled.append(
+            dataclasses.replace(
+                group,
+                completions=[tokens[r, : lengths[r]].to(device) for r in rows],
+                rollout_logp=[logps[r, : lengths[r]].to(device) for r in rows],
+                advantages=None,
+                old_logp=None,
+                ref_logp=None,
+                mask=None,
+            )
+        )
+    return filled
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the rollout: no dropout, no gradient checkpointing; each module restored."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,90 @@
+"""Keys and values of a rollout: each prompt's once for its G completions, then each row's own.
+
+Letters: P prompts, G completions per prompt, B = P G rows (prompt after prompt), L the longest
+prompt, H query heads, K key heads, D head size, R = H / K.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgrpo.attention.registry import get_backend
+
+
+class Prefill:
+    """Stands in for a GroupLayout of prompts alone and keeps every layer's keys and values."""
+
+    def __init__(self, layout):
+        self.layout, self.total = layout, layout.total
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout, *, scale, window=None):
+        """The backend's attention over the prompts; called by the layers in order."""
+        self.layers.append((key, value))
+        attend = get_backend(self.layout.backend).attend
+        return attend(query, key, value, self.layout, scale=scale, window=window)
+
+
+class DecodeState:
+    """One step of all rows: a packed row of B tokens, each the next of its own completion.
+
+    `prefixes` holds, prompt after prompt, each layer's (P_i, K, D) keys and values. Every step
+    reads a prompt's keys once for its G rows. Steps have the same shapes but for the number of
+    tokens decoded so far.
+    """
+
+    def __init__(self, prefixes: list[list[tuple[Tensor, Tensor]]], group_size: int, steps: int):
+        lengths = torch.tensor([layers[0][0].shape[0] for layers in prefixes])
+        self.group_size, self.total = group_size, len(prefixes) * group_size
+        self.steps_done, self.calls = 0, 0
+        self.prefix = [
+            tuple(_padded([layers[n][i] for layers in prefixes]) for i in (0, 1))
+            for n in range(len(prefixes[0]))
+        ]
+        sample = self.prefix[0][0]
+        self.lengths = lengths.to(sample.device)
+        column = torch.arange(sample.shape[2], device=sample.device)
+        self.column, self.padding = column, column >= self.lengths[:, None]  # (P, L)
+        shape = (self.total, sample.shape[1], steps, sample.shape[3])
+        self.own = [(sample.new_empty(shape), sample.new_empty(shape)) for _ in self.prefix]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout, *, scale, window=None):
+        """(B, H, D) of this step's queries over prompt and own keys, this step's included."""
+        layer, t = self.calls % len(self.prefix), self.steps_done
+        self.calls += 1
+        own_key, own_value = self.own[layer]
+        own_key[:, :, t], own_value[:, :, t] = key, value
+        prefix_key, prefix_value = self.prefix[layer]
+        prompts, heads = prefix_key.shape[:2]
+        q = query.unflatten(1, (heads, -1))  # (B, K, R, D)
+        grouped = q.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)  # (P, K, G R, D)
+        far = (grouped @ prefix_key.transpose(2, 3)).masked_fill(
+            self._hidden(window)[:, None, None], float("-inf")
+        )
+        far = far.unflatten(2, (self.group_size, -1)).transpose(1, 2).flatten(0, 1)  # (B, K, R, L)
+        near = q @ own_key[:, :, self._first(window) : t + 1].transpose(2, 3)
+        scores = torch.cat([far, near], -1) * scale
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        weights = torch.softmax(scores, -1, dtype=wide).to(query.dtype)
+        far, near = weights.split([prefix_key.shape[2], near.shape[-1]], -1)
+        far = far.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
+        out = (far @ prefix_value).unflatten(2, (self.group_size, -1)).transpose(1, 2)
+        out = out.flatten(0, 1) + near @ own_value[:, :, self._first(window) : t + 1]
+        return out.flatten(1, 2)
+
+    def _first(self, window: int | None) -> int:
+        return 0 if window is None else max(self.steps_done + 1 - window, 0)
+
+    def _hidden(self, window: int | None) -> Tensor:
+        """(P, L) prompt keys a query of this step does not see."""
+        if window is None:
+            return self.padding
+        position = self.lengths[:, None] + self.steps_done
+        return self.padding | (position - self.column >= window)
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    """(P_i, K, D) tensors as (P, K, L, D), zero beyond each length."""
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return padded.transpose(1, 2).contiguous()

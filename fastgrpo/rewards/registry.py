@@ -161,10 +161,7 @@ class Reward:
         settings = {**self.params, **extra, "compat": self.compat}
         if self._spec.batched:
             return self._spec.score(texts, note, **given, **settings)
-        return [
-            self._spec.score(text, **{k: v[i] for k, v in given.items()}, **settings)
-            for i, text in enumerate(texts)
-        ]
+        return guarded(self._spec.score, texts, note, given, settings, self._spec.fallback)
 
     def _fixed(self, completions, given, extra) -> list[float | None]:
         rewards: list[float | None] = [self._spec.fallback] * len(completions)
@@ -181,31 +178,10 @@ class Reward:
             readable.append(i)
             texts.append(text)
         rows = {k: [v[i] for i in readable] for k, v in given.items()}
-        scored = (self._batched if self._spec.batched else self._by_row)(texts, rows, extra)
+        scored = self._score(texts, lambda i, reason: self._count(reason), rows, extra)
         for i, value in zip(readable, scored, strict=True):
             rewards[i] = self._bounded(value)
         return rewards
-
-    def _batched(self, texts, rows, extra) -> list[float | None]:
-        return self._score(texts, lambda i, reason: self._count(reason), rows, extra)
-
-    def _by_row(self, texts, rows, extra) -> list[float | None]:
-        settings = {**self.params, **extra, "compat": self.compat}
-        values: list[float | None] = []
-        for i, text in enumerate(texts):
-            try:
-                values.append(
-                    self._spec.score(text, **{k: v[i] for k, v in rows.items()}, **settings)
-                )
-            except InputError:
-                raise
-            except BadColumn as fault:
-                self._count(f"bad_column: {fault}")
-                values.append(None)
-            except TEXT_FAULTS as fault:
-                self._count(str(fault) if type(fault) is Unscorable else type(fault).__name__)
-                values.append(self._spec.fallback)
-        return values
 
     def _bounded(self, value: float | None) -> float | None:
         if value is None:
@@ -224,6 +200,27 @@ class Reward:
         counts[reason] += 1
         if counts[reason] == 1:
             log.warning("%s: %s (further ones are only counted, see stats())", self.name, reason)
+
+
+def guarded(score, texts, note, columns, settings, fallback: float) -> list[float | None]:
+    """A row-wise scorer over all rows; in "fixed" mode its faults become values and notes."""
+    values: list[float | None] = []
+    for i, text in enumerate(texts):
+        row = {key: column[i] for key, column in columns.items()}
+        if settings["compat"] == "upstream":
+            values.append(score(text, **row, **settings))
+            continue
+        try:
+            values.append(score(text, **row, **settings))
+        except InputError:
+            raise
+        except BadColumn as fault:
+            note(i, f"bad_column: {fault}")
+            values.append(None)
+        except TEXT_FAULTS as fault:
+            note(i, str(fault) if type(fault) is Unscorable else type(fault).__name__)
+            values.append(fallback)
+    return values
 
 
 def completion_text(completion: Any) -> str:

@@ -5,6 +5,7 @@ Patterns run on RE2, which has no backtracking; everything that can be a `str.fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -62,3 +63,72 @@ def loads(text: str) -> Any:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
         raise Unscorable("bad_json") from None
+
+
+def clean_text(text: str) -> str:
+    """VLM-R1's canonical answer: last `<answer>`, one line, no final full stops, lower case."""
+    tagged = answer(text, last=True)
+    text = text if tagged is None else tagged
+    for newline in "\n\r":
+        text = _join_lines(text, newline)
+    return text.strip().rstrip(".").lower()
+
+
+def _join_lines(text: str, newline: str) -> str:
+    """Each `newline` becomes a space, or nothing where a blank precedes it."""
+    lines = text.split(newline)
+    joined = [lines[0]]
+    for i, line in enumerate(lines[1:]):
+        before = lines[i][-1:] if lines[i] or i == 0 else newline
+        joined += ("", line) if before.isspace() else (" ", line)
+    return "".join(joined)
+
+
+_KEYWORDS = (
+    "答案 选择 正确 是 对 ANSWER CORRECT CHOOSE SELECT RIGHT 认为 应该 觉得 THINK BELIEVE SHOULD"
+).split()
+_LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+def extract_choice(text: str) -> str | None:
+    """VLM-R1's choice letter: a capital of the upper-cased text with no capital before it and
+    one of `.,?!:;` or the end after it; of several the one with the best surroundings.
+    """
+    text = _single_spaces(text.upper())
+    found: dict[str, int] = {}
+    for i, char in enumerate(text):
+        if char in _LETTERS and text[i + 1 : i + 2] in ".,?!:;":
+            if i == 0 or text[i - 1] not in _LETTERS:
+                found[char] = found.get(char, 0) + 1
+    if len(found) <= 1:
+        return next(iter(found), None)
+    scores = {char: times * _surroundings(text, char) for char, times in found.items()}
+    return max(scores, key=scores.__getitem__)
+
+
+def _surroundings(text: str, char: str) -> int:
+    position = text.find(char)
+    context = text[max(0, position - 20) : position + 20]
+    score = sum(word in context for word in _KEYWORDS)
+    score += 2 * (position > len(text) * 0.7)
+    return score + (position < len(text) - 1 and text[position + 1] in "。.!！,，")
+
+
+def _single_spaces(text: str) -> str:
+    words = " ".join(text.split())
+    if not words:
+        return " " if text else ""
+    return " " * text[0].isspace() + words + " " * text[-1].isspace()
+
+
+def ngram_repetition(words: Sequence[Any], size: int) -> float:
+    """1 - (distinct n-grams) / (n-grams); 0 without any n-gram."""
+    total = len(words) - size + 1
+    if total <= 0:
+        return 0.0
+    if size == 1:
+        return 1 - len(set(words)) / total
+    # Words as integers: hashing an n-gram does not hash its characters again.
+    codes: dict[Any, int] = {}
+    ids = [codes.setdefault(word, len(codes)) for word in words]
+    return 1 - len(set(zip(*(ids[i:] for i in range(size)), strict=False))) / total

@@ -65,16 +65,29 @@ def iou(
     match = pattern(_INT_BOX if upstream else _BOX).search(content) if content else None
     if match is None:
         return 0.0
-    box = [float(number) for number in match.groups()]
-    if family == "qwen" and image_grid_thw is not None:
+    if family != "qwen" or image_grid_thw is None:
+        size = None
+    else:
         size = image_size or _size_of(image_path, image, images)
-        if size is not None:
-            box = _rescale(box, image_grid_thw, size, patch_size)
     if upstream:
-        return (iou_continuous if family == "glm" else iou_vlm_r1)(box, truth)
+        return _upstream_iou(match.groups(), truth, family, image_grid_thw, size, patch_size)
+    box = [float(number) for number in match.groups()]
+    if size is not None:
+        box = _rescale(box, image_grid_thw, size, patch_size)
     if box[2] < box[0] or box[3] < box[1]:
         raise Unscorable("reversed_box")
     return iou_continuous(box, truth) if finite_box(box) else 0.0
+
+
+def _upstream_iou(digits, truth, family, image_grid_thw, size, patch_size) -> float:
+    """Whatever the box makes fail is 0, as in the published code's try block."""
+    try:
+        box = [int(number) for number in digits]
+        if size is not None:
+            box = _rescale(box, image_grid_thw, size, patch_size)
+        return (iou_continuous if family == "glm" else iou_vlm_r1)(box, truth)
+    except (ArithmeticError, ValueError, TypeError, IndexError, KeyError):
+        return 0.0
 
 
 def _solution_box(solution: Any, upstream: bool) -> list[float]:

@@ -3,7 +3,7 @@
 Importing starts nothing: no CUDA context, no patching, no environment edits.
 """
 
-from fastgrpo.engine import score
+from fastgrpo.engine import GRPOStep, score
 from fastgrpo.errors import InputError
 from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops.average_precision import average_precision
@@ -13,6 +13,7 @@ from fastgrpo.ops.linear_grpo import linear_grpo_loss
 from fastgrpo.ops.linear_logprob import linear_logprob
 from fastgrpo.ops.match_boxes import match_boxes
 from fastgrpo.packing import Group
+from fastgrpo.rollout import generate
 
 __version__ = "0.1.0"
 

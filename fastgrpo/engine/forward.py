@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from fastgrpo.attention.kvgather import GatherRows
+from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.head import effective_head, replaced_head, under_autocast
+from fastgrpo.ops.gather_rows import gather_rows
 from fastgrpo.packing.row import PackedRow
+from fastgrpo.packing.vision import FeatureStore, shared_features
 
 
-def forward_row(adapter, row: PackedRow, head: Callable[..., Tensor]) -> Tensor:
+def forward_row(
+    adapter: Adapter, row: PackedRow, head: Callable[..., Tensor], store: FeatureStore
+) -> Tensor:
     """Run the model on `row`; returns head(hidden (N, D), weight (V, D), bias) as a tensor.
 
     `head` is called where the model calls its lm_head, inside the root's forward, and its result
@@ -20,10 +27,39 @@ def forward_row(adapter, row: PackedRow, head: Callable[..., Tensor]) -> Tensor:
 
     def project(hidden: Tensor) -> Tensor:
         # (1, U, D) distinct predicting rows -> (N, D): the prompt's last row serves G completions
-        hidden = GatherRows.apply(hidden[0], row.layout.pred_index)
+        hidden = gather_rows(hidden[0], row.layout.predictors())
         return head(*under_autocast(hidden, *effective_head(adapter.head)))[None]
 
-    with replaced_head(adapter.head, project):
-        output = adapter.root(**row.inputs)
+    with replaced_head(adapter.head, project), _images(adapter, row, store) as images:
+        output = adapter.root(**row.inputs, **images)
     logits = output.logits if hasattr(output, "logits") else output[0]
     return logits[0]
+
+
+def feature_store(rows: Sequence[PackedRow], *, detach: bool, every: bool = False) -> FeatureStore:
+    """A store for the images that several rows use; `every` keeps all (for several passes)."""
+    uses = Counter(i for row in rows for i in set(row.image_ids))
+    if distributed():
+        # A rank that skipped its vision tower would leave the others waiting in a collective.
+        return FeatureStore(set())
+    return FeatureStore({i for i, n in uses.items() if every or n > 1}, detach=detach)
+
+
+def distributed() -> bool:
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextlib.contextmanager
+def _images(adapter: Adapter, row: PackedRow, store: FeatureStore):
+    """The vision arguments of the forward: each distinct image that is not in the store yet."""
+    if not row.image_ids:
+        yield {}
+        return
+    encoded = store.missing(row.image_ids)
+    inputs = row.images.inputs(encoded, adapter.device)
+    if encoded == row.image_ids and store.keep.isdisjoint(encoded):
+        yield inputs
+        return
+    with shared_features(adapter.core, row.image_ids, encoded, store):
+        yield inputs

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgrpo.engine.forward import forward_row
+from fastgrpo.engine.forward import feature_store, forward_row
+from fastgrpo.engine.self_check import self_check as run_self_check
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.ops.linear_logprob import linear_logprob
 from fastgrpo.packing.group import Group
 from fastgrpo.packing.planner import plan_rows, regroup
-from fastgrpo.packing.row import PackedRow
+from fastgrpo.packing.row import PackedRow, check_prompt
+from fastgrpo.packing.vision import FeatureStore, Images
 
 
 @dataclass
@@ -33,6 +35,7 @@ def score(
     outputs: tuple[str, ...] = ("logp",),
     max_tokens: int | None = None,
     backend: str | None = None,
+    self_check: bool = True,
     placeholders: str = "refuse",
 ) -> list[GroupScores]:
     """Log-probs of every completion under `model`, each prompt and its images encoded once.
@@ -40,11 +43,12 @@ def score(
     logp_t = log softmax(logits_t / temperature)[completion_t], with the logits that the plain
     forward of (prompt, completion) gives. Returns per group `.logp`, a list of (C_i,) float32, and
     `.entropy` likewise when "entropy" is in `outputs`; both are differentiable unless under
-    `torch.no_grad`. Where a group's `mask` is zero both are 0.
+    `torch.no_grad`. Where a group's `mask` is zero both are 0. (float64 models give float64.)
 
     `model`: a supported transformers VLM or text LM, plain, PEFT-wrapped or FSDP2-wrapped.
     `max_tokens`: the most tokens of one packed row; None lets rows grow to a sensible size.
     `backend`: the attention implementation, None for the best that can serve.
+    `self_check`: compare with the plain forward on one group the first time a model is used.
     `placeholders`: what to do with an image placeholder inside a completion: "refuse" raises,
     "neutralize" feeds another token in its place and leaves it out of the loss (logp 0).
 
@@ -52,27 +56,63 @@ def score(
     """
     adapter = Adapter(model)
     chosen = adapter.prepare(backend)
+    if self_check:
+        run_self_check(adapter, groups, chosen, score_row)
+    rows = pack(adapter, groups, chosen, max_tokens=max_tokens, placeholders=placeholders)
+    empty = torch.zeros(0, device=adapter.device)
     results = [
-        GroupScores([None] * len(g.completions), [None] * len(g.completions)) for g in groups
+        GroupScores([empty] * len(g.completions), [empty] * len(g.completions)) for g in groups
     ]
-    for parts in plan_rows(regroup(groups), max_tokens):
-        row = PackedRow(adapter, parts, groups, chosen, neutral_id(adapter, placeholders))
-        logp, entropy = score_row(adapter, row, temperature, outputs)
-        for (g, c), value in row.split(logp):
-            results[g].logp[c] = value
-        if entropy is not None:
-            for (g, c), value in row.split(entropy):
-                results[g].entropy[c] = value
+    store = feature_store(rows, detach=False)
+    for row in rows:
+        columns = score_row(adapter, row, temperature, outputs, store)
+        for column, field in zip(columns, ("logp", "entropy"), strict=False):
+            for (g, c), value in zip(row.members, column.split(row.lengths), strict=True):
+                getattr(results[g], field)[c] = value
     if "entropy" not in outputs:
         for result in results:
             result.entropy = None
     return results
 
 
+def pack(
+    adapter: Adapter,
+    groups: Sequence[Group],
+    backend: str,
+    *,
+    max_tokens: int | None,
+    placeholders: str,
+    skip: set[tuple[int, int]] = frozenset(),
+) -> list[PackedRow]:
+    """The rows of a pass: prompts merged, images made distinct, completions in `skip` left out."""
+    neutral = neutral_id(adapter, placeholders)
+    for group in groups:
+        check_prompt(adapter, group)
+    parts = regroup(groups, skip)
+    images = Images(part.group for part in parts)
+    return [
+        PackedRow(adapter, row, groups, backend, images=images, neutral_id=neutral)
+        for row in plan_rows(parts, max_tokens)
+    ]
+
+
+def neutral_id(adapter: Adapter, placeholders: str) -> int | None:
+    """The token fed in place of an image placeholder a completion sampled; None to refuse it."""
+    if placeholders not in ("refuse", "neutralize"):
+        raise InputError(f"placeholders must be 'refuse' or 'neutralize', got {placeholders!r}")
+    if placeholders == "refuse":
+        return None
+    return next(i for i in range(3) if i not in adapter.placeholders)
+
+
 def score_row(
-    adapter: Adapter, row: PackedRow, temperature: float, outputs: tuple[str, ...]
-) -> tuple[Tensor, Tensor | None]:
-    """(N,) log-probs of a row's targets, and entropies if asked for."""
+    adapter: Adapter,
+    row: PackedRow,
+    temperature: float,
+    outputs: tuple[str, ...],
+    store: FeatureStore,
+) -> tuple[Tensor, ...]:
+    """(N,) log-probs of a row's targets, then entropies if asked for."""
 
     def head(hidden, weight, bias):
         out = linear_logprob(
@@ -81,14 +121,4 @@ def score_row(
         columns = [out.logp] if out.entropy is None else [out.logp, out.entropy]
         return torch.stack(columns, -1)
 
-    values = forward_row(adapter, row, head).unbind(-1)
-    return values[0], values[1] if len(values) > 1 else None
-
-
-def neutral_id(adapter: Adapter, placeholders: str) -> int | None:
-    """The token fed in place of an image placeholder a completion sampled, None to refuse it."""
-    if placeholders == "refuse":
-        return None
-    if placeholders == "neutralize":
-        return next(i for i in range(3) if i not in adapter.placeholders)
-    raise InputError(f"placeholders must be 'refuse' or 'neutralize', got {placeholders!r}")
+    return forward_row(adapter, row, head, store).unbind(-1)

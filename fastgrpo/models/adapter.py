@@ -64,6 +64,14 @@ class Adapter:
         )
         return positions[:, 0]
 
+    def tower_is_constant(self) -> bool:
+        """Whether the vision tower is frozen and has no adapter, so features can be kept."""
+        tower = getattr(getattr(self.core, "model", None), "visual", None)
+        return tower is not None and not any(
+            p.requires_grad or "lora_" in name or "modules_to_save" in name
+            for name, p in tower.named_parameters()
+        )
+
     def _compute_dtype(self) -> torch.dtype:
         kind = self.device.type
         if torch.is_autocast_enabled(kind):

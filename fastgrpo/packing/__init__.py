@@ -4,3 +4,4 @@ from fastgrpo.packing.group import Group
 from fastgrpo.packing.layout import GroupLayout
 from fastgrpo.packing.planner import Part, plan_rows, regroup
 from fastgrpo.packing.row import PackedRow
+from fastgrpo.packing.vision import FeatureStore, Images

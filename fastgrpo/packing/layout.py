@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.errors import InputError
+from fastgrpo.ops.gather_rows import RowIndex, row_index
 
 _TABLES = (
     "cu_q",
@@ -88,6 +89,12 @@ class GroupLayout:
             setattr(self, name, torch.from_numpy(table).to(device))
         self.max_q = int(max(e - s for s, e, _, _ in self.segments))
         self.max_k = int(max(e - s + pe - ps for s, e, ps, pe in self.segments))
+
+    def predictors(self) -> RowIndex:
+        """`pred_index` as gather_rows takes it: which kept row predicts each completion token."""
+        if "predictors" not in self.cache:
+            self.cache["predictors"] = row_index(self.pred_index, len(self.keep_rows))
+        return self.cache["predictors"]
 
     def dense_mask(self, window: int | None = None) -> Tensor:
         """(T, T) bool, True where query (row) sees key (column); the definition of the layout."""

@@ -31,12 +31,13 @@ class Part:
 def regroup(groups: Sequence[Group], skip: set[tuple[int, int]] = frozenset()) -> list[Part]:
     """One Part per distinct prompt (same ids and same images), completions in the caller's order.
 
-    A hash finds candidates; equality of every tensor decides. `skip` leaves completions out.
+    A hash finds candidates; equality of every tensor decides. Completions in `skip` and those
+    without a token are left out.
     """
     parts: list[Part] = []
     by_key: dict[tuple, list[Part]] = {}
     for g, group in enumerate(groups):
-        members = [(g, c) for c in range(len(group.completions)) if (g, c) not in skip]
+        members = [(g, c) for c, n in enumerate(group.lengths) if n and (g, c) not in skip]
         if not members:
             continue
         candidates = by_key.setdefault(_key(group), [])

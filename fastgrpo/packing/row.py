@@ -11,6 +11,7 @@ from fastgrpo.errors import InputError
 from fastgrpo.packing.group import Group
 from fastgrpo.packing.layout import GroupLayout
 from fastgrpo.packing.planner import Part
+from fastgrpo.packing.vision import Images
 
 IGNORED = -100  # target of a token without a loss
 
@@ -28,10 +29,13 @@ class PackedRow:
         parts: Sequence[Part],
         groups: Sequence[Group],
         backend: str,
+        *,
+        images: Images | None = None,
         neutral_id: int | None = None,
     ):
-        """`adapter` is a `models.Adapter`. `neutral_id`: an image placeholder inside a completion
-        is fed to the model as this token and has no loss; None: it is an `InputError`."""
+        """`adapter` is a `models.Adapter`; `images` the step's distinct images, found here if not
+        given. `neutral_id`: an image placeholder inside a completion is fed to the model as this
+        token and has no loss; None: it is an `InputError`."""
         device = adapter.device
         self.members = [member for part in parts for member in part.members]
         self.lengths = [length for part in parts for length in part.lengths]
@@ -40,7 +44,6 @@ class PackedRow:
 
         ids, positions, targets = [], [], []
         for part in parts:
-            check_prompt(adapter, part.group)
             prompt = part.group.prompt_ids
             where = adapter.prompt_positions(prompt.cpu(), _grids(part.group))
             # Completions go on where the prompt ended on the widest axis, not at its length: an
@@ -49,7 +52,7 @@ class PackedRow:
             ids.append(prompt.to(device))
             positions.append(where)
             for g, c in part.members:
-                fed, target = _completion(adapter, groups[g], c, neutral_id)
+                fed, target = fed_and_target(adapter, groups[g], c, neutral_id)
                 ids.append(fed.to(device))
                 targets.append(target.to(device))
                 after = torch.arange(following, following + fed.numel())
@@ -57,7 +60,9 @@ class PackedRow:
         position_ids = torch.cat(positions, 1)
         if adapter.family.mrope:
             position_ids = position_ids[:, None]  # (3, 1, T)
-        self.targets = torch.cat(targets) if targets else torch.zeros(0, dtype=torch.int64)
+        self.targets = (
+            torch.cat(targets) if targets else torch.zeros(0, dtype=torch.int64, device=device)
+        )
         self.inputs = {
             "input_ids": torch.cat(ids)[None],
             "position_ids": position_ids.to(device),
@@ -68,16 +73,13 @@ class PackedRow:
             "logits_to_keep": self.layout.keep_rows,
             "use_cache": False,
         }
-        self.inputs |= packed_vision(adapter, [part.group for part in parts], device)
+        self.images = Images([part.group for part in parts]) if images is None else images
+        self.image_ids = [i for part in parts for i in self.images.ids_of(part.group)]
 
-    def per_token(self, groups: Sequence[Group], field: str) -> Tensor:
-        """(N,) values of one of the groups' per-token lists, in row order."""
-        values = [getattr(groups[g], field)[c] for g, c in self.members]
-        return torch.cat(values).to(self.targets.device)
-
-    def split(self, values: Tensor) -> list[tuple[tuple[int, int], Tensor]]:
-        """(N,) values cut into ((group, completion), (C,)) pairs."""
-        return list(zip(self.members, values.split(self.lengths), strict=True))
+    @property
+    def mask(self) -> Tensor:
+        """(N,) bool: the tokens with a loss."""
+        return self.targets != IGNORED
 
 
 def check_prompt(adapter, group: Group) -> None:
@@ -125,19 +127,8 @@ def check_prompt(adapter, group: Group) -> None:
     if runs != features:
         raise InputError(
             f"{group.name}: image tokens and image features do not match: prompt_ids has "
-            f"{sum(runs)} tokens in runs {runs}, the images give {sum(features)} features {features}"
+            f"{sum(runs)} tokens in runs {runs}, vision has {sum(features)} features {features}"
         )
-
-
-def packed_vision(adapter, groups: Sequence[Group], device) -> dict[str, Tensor]:
-    """The images of all prompts of a row, in row order: each is encoded once per row."""
-    with_images = [g for g in groups if "pixel_values" in g.vision]
-    if not with_images:
-        return {}
-    return {
-        key: torch.cat([g.vision[key] for g in with_images]).to(device)
-        for key in adapter.family.images
-    }
 
 
 def _grids(group: Group) -> dict[str, Tensor]:
@@ -152,8 +143,8 @@ def _runs(flags: Tensor) -> list[int]:
     return ((step == -1).nonzero() - (step == 1).nonzero())[:, 0].tolist()
 
 
-def _completion(adapter, group: Group, c: int, neutral_id: int | None) -> tuple[Tensor, Tensor]:
-    """(C,) ids to feed and (C,) targets, `IGNORED` where the token has no loss."""
+def fed_and_target(adapter, group: Group, c: int, neutral_id: int | None) -> tuple[Tensor, Tensor]:
+    """(C,) ids of completion c to feed and (C,) targets, `IGNORED` where the token has no loss."""
     ids = group.completions[c]
     target = ids
     if group.mask is not None:

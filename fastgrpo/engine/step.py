@@ -1,0 +1,271 @@
+"""GRPOStep: the gradients of one optimizer step, from whole groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastgrpo.engine.forward import distributed, feature_store, forward_row
+from fastgrpo.engine.score import neutral_id, pack, score_row
+from fastgrpo.engine.self_check import self_check as run_self_check
+from fastgrpo.errors import InputError
+from fastgrpo.models.adapter import Adapter
+from fastgrpo.objective import Objective
+from fastgrpo.ops.grpo_loss import GRPOLoss, grpo_loss, merge_metrics
+from fastgrpo.ops.linear_grpo import linear_grpo_loss
+from fastgrpo.packing.group import Group
+from fastgrpo.packing.row import IGNORED, PackedRow, fed_and_target
+from fastgrpo.packing.vision import FeatureStore
+
+# Loss types whose terms and metrics need no forward where the advantage is 0. Not vespo, whose
+# mean weight is a metric of every sequence, nor dro, which has a penalty of its own.
+_PROPORTIONAL = (
+    "grpo",
+    "bnpo",
+    "dr_grpo",
+    "dapo",
+    "luspo",
+    "cispo",
+    "sapo",
+    "gmpo",
+    "gspo_token",
+    "dppo_tv",
+    "dppo_kl",
+    "gpg",
+    "reinforce",
+)
+_OPTIONAL = ("old_logp", "ref_logp", "rollout_logp")
+
+Member = tuple[int, int]  # (group, completion)
+
+
+class GRPOStep:
+    """`metrics = step(groups)` adds the gradients of `obj` over all of `groups` to `.grad`.
+
+    The loss is that of `grpo_loss` on the log-probs of the plain forward, with the denominators
+    of the whole call, so any split into rows gives the same gradient. Nothing is zeroed, clipped
+    or stepped: that is the optimizer's business.
+
+    Groups need `advantages`; without `old_logp` they are on-policy (ratio exactly 1). With
+    `obj.beta != 0` they need `ref_logp`, or it is computed with `ref_model`, or with the adapters
+    of a PEFT model switched off.
+
+    `skip_zero_gradient` leaves out sequences whose gradient is exactly zero (advantage 0 and no
+    KL, entropy or other term): same loss, gradient and metrics. For that, `ratio/min` and
+    `ratio/max` are not reported off-policy when there is such a sequence, skipped or not.
+    `max_tokens`, `backend`, `self_check`, `placeholders`: as in `score`. `impl`: that of
+    `linear_grpo_loss`.
+
+    Returns the loss and TRL's metric names as floats.
+    """
+
+    def __init__(
+        self,
+        model,
+        obj: Objective,
+        *,
+        ref_model=None,
+        max_tokens: int | None = None,
+        backend: str | None = None,
+        skip_zero_gradient: bool = True,
+        self_check: bool = True,
+        placeholders: str = "refuse",
+        impl: str | None = None,
+    ):
+        if not isinstance(obj, Objective):
+            raise InputError(f"obj must be an Objective, got {type(obj).__name__}")
+        self.adapter, self.obj = Adapter(model), obj
+        self.reference = None if ref_model is None else Adapter(ref_model)
+        self.max_tokens, self.backend, self.impl = max_tokens, backend, impl
+        self.skip_zero_gradient = skip_zero_gradient
+        self.self_check, self.placeholders = self_check, placeholders
+
+    def __call__(
+        self,
+        groups: Sequence[Group],
+        *,
+        num_tokens: float | None = None,
+        num_sequences: float | None = None,
+    ) -> dict[str, float]:
+        """`num_tokens`, `num_sequences`: denominators when `groups` is one rank's share of a step
+        (default: the unmasked tokens and the sequences of `groups`)."""
+        adapter, groups = self.adapter, list(groups)
+        self._check(groups)
+        backend = adapter.prepare(self.backend)
+        if self.self_check:
+            run_self_check(adapter, groups, backend, score_row)
+        idle = self._without_gradient(groups)
+        skip = idle if self.skip_zero_gradient and not distributed() else []
+        rows = self._pack(adapter, groups, backend, skip)
+        skipped = self._sequences(groups, skip, self._masks(groups, skip))
+        batches = [self._sequences(groups, row.members, row.targets != IGNORED) for row in rows]
+        if num_tokens is None:
+            num_tokens = sum(int(batch["mask"].sum()) for batch in [skipped, *batches])
+        if num_sequences is None:
+            num_sequences = sum(len(group.completions) for group in groups)
+        totals = {"num_tokens": float(num_tokens), "num_sequences": float(num_sequences)}
+
+        results = [self._idle_loss(skipped, totals)] if skip else []
+        store = feature_store(rows, detach=True, every=self._shares_tower(groups))
+        references = self._reference_logp(groups, rows, store)
+        for row, batch, ref_logp in zip(rows, batches, references, strict=True):
+            if ref_logp is not None:
+                batch["ref_logp"] = ref_logp
+            result, loss = self._row_loss(row, batch | totals, store)
+            loss.backward()
+            results.append(result)
+        store.backward()
+        return self._metrics(results, groups, idle)
+
+    def _row_loss(self, row: PackedRow, batch: dict, store: FeatureStore):
+        """The row's result and its loss as it leaves the model (one tensor, seen by its hooks)."""
+        results: list[GRPOLoss] = []
+        advantages = batch.pop("advantages")
+
+        def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            results.append(
+                linear_grpo_loss(
+                    hidden,
+                    weight,
+                    row.targets,
+                    advantages,
+                    self.obj,
+                    bias=bias,
+                    impl=self.impl,
+                    **batch,
+                )
+            )
+            return results[0].loss[None]
+
+        loss = forward_row(self.adapter, row, head, store)[0]
+        return results[0], loss
+
+    def _idle_loss(self, batch: dict, totals: dict) -> GRPOLoss:
+        """Zero loss and the metrics of skipped sequences; any ratio gives the same."""
+        batch = dict(batch)
+        batch.pop("ref_logp", None)
+        logp = batch.get("old_logp")
+        if logp is None:
+            logp = torch.zeros_like(batch["mask"], dtype=self._dtype())
+        return grpo_loss(logp, batch.pop("advantages"), self.obj, **batch, **totals)
+
+    def _reference_logp(self, groups, rows, store: FeatureStore) -> Iterator[Tensor | None]:
+        """For each row (N,) reference log-probs where the groups bring none."""
+        if self.obj.beta == 0.0 or groups[0].ref_logp is not None:
+            yield from (None for _ in rows)
+            return
+        temperature = self.obj.temperature
+        if self.reference is None:
+            own = store if self._shares_tower(groups) else feature_store(rows, detach=False)
+            for row in rows:
+                with torch.no_grad(), self.adapter.peft.disable_adapter():
+                    (logp,) = score_row(self.adapter, row, temperature, ("logp",), own)
+                yield logp
+            return
+        backend = self.reference.prepare(self.backend)
+        if self.self_check:
+            run_self_check(self.reference, groups, backend, score_row)
+        own = feature_store(rows, detach=False)
+        for row in rows:
+            with torch.no_grad():
+                (logp,) = score_row(self.reference, row, temperature, ("logp",), own)
+            yield logp.to(self.adapter.device)
+
+    def _shares_tower(self, groups) -> bool:
+        """Whether the reference pass sees the same image features as the policy pass."""
+        needs = self.obj.beta != 0.0 and groups[0].ref_logp is None
+        return needs and self.reference is None and self.adapter.tower_is_constant()
+
+    def _pack(self, adapter, groups, backend, skip) -> list[PackedRow]:
+        rows = pack(
+            adapter,
+            groups,
+            backend,
+            max_tokens=self.max_tokens,
+            placeholders=self.placeholders,
+            skip=set(skip),
+        )
+        if self.obj.top_entropy_quantile < 1.0 and len(rows) > 1:
+            raise InputError(
+                f"top_entropy_quantile={self.obj.top_entropy_quantile} ranks the tokens of the "
+                f"whole step, which takes {len(rows)} rows; raise max_tokens"
+            )
+        return rows
+
+    def _sequences(self, groups, members: Sequence[Member], mask: Tensor) -> dict[str, Tensor]:
+        """The loss's per-token inputs of some completions, in order, on the model's device."""
+        device, dtype = self.adapter.device, self._dtype()
+        lengths = [groups[g].lengths[c] for g, c in members]
+
+        def joined(values) -> Tensor:
+            return torch.cat([*values, torch.zeros(0)]).to(device, dtype)
+
+        batch = {
+            "seq_ids": torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)).to(device),
+            "mask": mask.to(device),
+        }
+        if all(isinstance(group.advantages, Tensor) for group in groups):
+            batch["advantages"] = joined(groups[g].advantages[c][None].cpu() for g, c in members)
+        else:
+            batch["advantages"] = joined(groups[g].token_advantages(c).cpu() for g, c in members)
+        for name in _OPTIONAL:
+            if groups[0].__dict__[name] is not None:
+                batch[name] = joined(getattr(groups[g], name)[c].cpu() for g, c in members)
+        return batch
+
+    def _masks(self, groups, members: Sequence[Member]) -> Tensor:
+        neutral = neutral_id(self.adapter, self.placeholders)
+        targets = [fed_and_target(self.adapter, groups[g], c, neutral)[1] for g, c in members]
+        return (
+            torch.cat([t.cpu() for t in targets] + [torch.zeros(0, dtype=torch.int64)]) != IGNORED
+        )
+
+    def _without_gradient(self, groups) -> list[Member]:
+        """Completions whose every term is exactly zero, whatever the model says."""
+        obj = self.obj
+        if obj.loss_type not in _PROPORTIONAL or obj.beta != 0.0 or obj.needs_entropy:
+            return []
+        if groups[0].rollout_logp is not None and groups[0].old_logp is None:
+            return []  # the rollout metrics compare with log-probs only the forward gives
+        return [
+            (g, c)
+            for g, group in enumerate(groups)
+            for c, length in enumerate(group.lengths)
+            if length and not bool(group.token_advantages(c).any())
+        ]
+
+    def _metrics(self, results: list[GRPOLoss], groups, idle) -> dict[str, float]:
+        if not results:
+            return {"loss": 0.0}
+        metrics = merge_metrics(results)
+        if idle and groups[0].old_logp is not None:
+            metrics = {k: v for k, v in metrics.items() if k not in ("ratio/min", "ratio/max")}
+        loss = sum(result.loss.detach() for result in results)
+        return {"loss": float(loss)} | {name: float(value) for name, value in metrics.items()}
+
+    def _dtype(self) -> torch.dtype:
+        """float64 for a float64 model, else float32."""
+        double = next(self.adapter.core.parameters()).dtype == torch.float64
+        return torch.float64 if double else torch.float32
+
+    def _check(self, groups: list[Group]) -> None:
+        if not groups:
+            raise InputError("groups is empty; a step needs at least one group")
+        for g, group in enumerate(groups):
+            if group.advantages is None:
+                raise InputError(f"groups[{g}] ({group.name}): advantages is missing")
+        for name in _OPTIONAL:
+            given = [getattr(group, name) is not None for group in groups]
+            if any(given) and not all(given):
+                raise InputError(
+                    f"{name} is given in {sum(given)} of {len(groups)} groups, missing in "
+                    f"groups[{given.index(False)}]; give it in all or in none"
+                )
+        without = self.reference is None and self.adapter.peft is None
+        if self.obj.beta != 0.0 and groups[0].ref_logp is None and without:
+            raise InputError(
+                f"beta is {self.obj.beta}: the groups need ref_logp, or GRPOStep a ref_model, or "
+                f"the model PEFT adapters to switch off"
+            )

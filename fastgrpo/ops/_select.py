@@ -10,8 +10,8 @@ from fastgrpo.errors import InputError
 
 # Fastest first. "reference" is the definition and serves every device.
 _ORDER = {
-    "linear_logprob": {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
-    "linear_grpo_loss": {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
+    "linear_logprob": {"cuda": ("triton", "torch"), "cpu": ("torch", "cpp")},
+    "linear_grpo_loss": {"cuda": ("triton", "torch"), "cpu": ("torch", "cpp")},
     "linear_kl": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
     "grpo_loss": {"cuda": ("triton",), "cpu": ()},
     "group_advantages": {"cuda": ("triton",), "cpu": ()},

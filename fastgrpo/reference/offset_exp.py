@@ -42,6 +42,7 @@ def offset_exp(
     softcap: float | None = None,
     entropy: bool = False,
     exp_dtype: torch.dtype | None = None,
+    target_logit: torch.Tensor | None = None,
 ) -> OffsetExp:
     """Replace a chunk of logits by exponentials about each row's target logit, in one sweep.
 
@@ -62,13 +63,16 @@ def offset_exp(
         entropy: compute `moment`.
         exp_dtype: the dtype E is stored in, in place: the logits' own (None) or bfloat16, then as
             `logits.view(torch.bfloat16)[:, :V]`; S and moment are summed before the rounding.
+        target_logit: (C,) f(z_y) where the vocabulary is sharded. A target outside [0, V) then
+            lies on another shard and every column here counts into S. S and moment add up over
+            the shards; the shard that holds the target has to replace E_y by minus the total S.
 
     Every implementation ("torch" here, "cpp" in `fastgrpo_kernels._C`, "triton" in
     `fastgrpo_kernels.offset_exp`) has this signature. No autograd, no host synchronisation.
     """
     C, V = logits.shape
     sum_exp = logits.new_empty(C)
-    target_logit = logits.new_empty(C)
+    zy = logits.new_empty(C)
     moment = logits.new_empty(C) if entropy else None
     exps = logits if exp_dtype in (None, logits.dtype) else logits.view(exp_dtype)[:, :V]
     step = max(1, _BLOCK // max(V, 1)) if logits.device.type == "cpu" else max(C, 1)
@@ -76,20 +80,31 @@ def offset_exp(
         rows = slice(start, min(start + step, C))
         z, y = logits[rows], targets[rows, None]
         transform_logits_(z, bias, logit_scale, softcap)
-        zy = z.gather(1, y)
-        target_logit[rows] = zy[:, 0]
-        z.sub_(zy)
+        zy[rows] = z.gather(1, y)[:, 0] if target_logit is None else target_logit[rows]
+        z.sub_(zy[rows, None])
         if inv_temperature is not None:
             z.mul_(inv_temperature[rows, None])
-        z.exp_().scatter_(1, y, 0.0)
+        set_target_(z.exp_(), y, 0.0, sharded=target_logit is not None)
         torch.sum(z, 1, out=sum_exp[rows])
         if entropy:
             torch.sum(torch.special.entr(z), 1, out=moment[rows]).neg_()
-        z.scatter_(1, y, -sum_exp[rows, None])
+        set_target_(z, y, -sum_exp[rows, None], sharded=target_logit is not None)
         if exps is not logits:
             exps[rows] = z.to(exp_dtype)  # .to() copies first: source and destination share bytes
-    overflow = ~((sum_exp < _exp_limit(logits.dtype)) & target_logit.isfinite())
-    return OffsetExp(exps, sum_exp, target_logit, moment, overflow)
+    overflow = ~((sum_exp < exp_limit(logits.dtype)) & zy.isfinite())
+    return OffsetExp(exps, sum_exp, zy, moment, overflow)
+
+
+def set_target_(
+    z: torch.Tensor, y: torch.Tensor, value: float | torch.Tensor, sharded: bool = False
+) -> None:
+    """z[i, y_i] = value_i in place; of sharded columns only where y_i lies in the shard."""
+    if not sharded:
+        z.scatter_(1, y, value)
+        return
+    here = ((y >= 0) & (y < z.shape[1])).nonzero()[:, 0]
+    columns = y[here, 0]
+    z[here, columns] = value[here, 0].to(z.dtype) if isinstance(value, torch.Tensor) else value
 
 
 def transform_logits_(
@@ -105,6 +120,6 @@ def transform_logits_(
     return z
 
 
-def _exp_limit(dtype: torch.dtype) -> float:
+def exp_limit(dtype: torch.dtype) -> float:
     """exp(MAX_EXPONENT): any row with one larger exponent has a larger sum."""
     return float(torch.tensor(MAX_EXPONENT, dtype=dtype).exp())

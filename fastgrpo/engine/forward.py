@@ -30,7 +30,7 @@ def forward_row(
         hidden = gather_rows(hidden[0], row.layout.predictors())
         return head(*under_autocast(hidden, *effective_head(adapter.head)))[None]
 
-    with replaced_head(adapter.head, project), _images(adapter, row, store) as images:
+    with replaced_head(adapter.head, project), row_images(adapter, row, store) as images:
         output = adapter.root(**row.inputs, **images)
     logits = output.logits if hasattr(output, "logits") else output[0]
     return logits[0]
@@ -51,7 +51,7 @@ def distributed() -> bool:
 
 
 @contextlib.contextmanager
-def _images(adapter: Adapter, row: PackedRow, store: FeatureStore):
+def row_images(adapter: Adapter, row: PackedRow, store: FeatureStore):
     """The vision arguments of the forward: each distinct image that is not in the store yet."""
     if not row.image_ids:
         yield {}

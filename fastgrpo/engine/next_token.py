@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.engine.forward import feature_store, row_images
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.head import effective_head, replaced_head, under_autocast
 from fastgrpo.packing.group import Group
 from fastgrpo.packing.planner import Part, plan_rows
-from fastgrpo.packing.row import PackedRow
+from fastgrpo.packing.row import PackedRow, check_prompt
+from fastgrpo.packing.vision import Images
 
 
 def next_token_logits(
@@ -29,17 +31,42 @@ def next_token_logits(
     unless under `torch.no_grad`. Completions of the groups are ignored. Raises `InputError`.
     """
     adapter = Adapter(model)
-    chosen = adapter.prepare(backend)
-    parts = [Part(group, [], []) for group in groups]
-    where = {id(part): i for i, part in enumerate(parts)}
-    logits: list[Tensor | None] = [None] * len(parts)
-    for members in plan_rows(parts, max_tokens):
-        row = PackedRow(adapter, members, groups, chosen)
-        row.inputs["logits_to_keep"] = row.layout.cu_q[1:].long() - 1
-        values = keep_logits(adapter, row.inputs, token_ids)
-        for part, value in zip(members, values, strict=True):
-            logits[where[id(part)]] = value
+    logits: list[Tensor | None] = [None] * len(groups)
+    for _, members, last in prompt_passes(adapter, groups, max_tokens, backend, token_ids):
+        for i, value in zip(members, last, strict=True):
+            logits[i] = value
     return torch.stack(logits) if logits else torch.zeros(0, len(token_ids or ()))
+
+
+def prompt_passes(
+    adapter: Adapter,
+    groups: Sequence[Group],
+    max_tokens: int | None,
+    backend: str | None,
+    token_ids: Sequence[int] | None = None,
+    observe=lambda layout: layout,
+) -> Iterator[tuple[PackedRow, list[int], Tensor]]:
+    """One forward per row of prompts: the row, its groups' indices, (rows, V or K) last logits.
+
+    `observe(layout)` may put something in the layout's place that attends for it.
+    """
+    chosen = adapter.prepare(backend)
+    for group in groups:
+        check_prompt(adapter, group)
+    parts = [Part(group, [], []) for group in groups]
+    index = {id(part): i for i, part in enumerate(parts)}
+    images = Images(groups)
+    rows = [
+        (PackedRow(adapter, members, groups, chosen, images=images, neutral_id=None), members)
+        for members in plan_rows(parts, max_tokens)
+    ]
+    store = feature_store([row for row, _ in rows], detach=False)
+    for row, members in rows:
+        ends = row.layout.cu_q[1:].long() - 1
+        inputs = row.inputs | {"logits_to_keep": ends, "fg_layout": observe(row.layout)}
+        with row_images(adapter, row, store) as vision:
+            last = keep_logits(adapter, inputs | vision, token_ids)
+        yield row, [index[id(part)] for part in members], last
 
 
 def keep_logits(adapter: Adapter, inputs: dict, token_ids: Sequence[int] | None = None) -> Tensor:

@@ -1,6 +1,12 @@
-"""Models as rewards: a judge over HTTP, a model in this process, one trained beside the policy."""
+"""Models as rewards: over HTTP, in this process, trained beside the policy, as likelihoods."""
 
 from fastgrpo.judges.http import HTTPJudge, ResponseCache, score_between_0_and_1
+from fastgrpo.judges.likelihood import (
+    ChoiceProbability,
+    FollowUpLikelihood,
+    choice_probability,
+    continuation_logp,
+)
 from fastgrpo.judges.model import (
     CoTrainedReward,
     ModelReward,
@@ -8,3 +14,4 @@ from fastgrpo.judges.model import (
     bradley_terry_loss,
     group_pairs,
 )
+from fastgrpo.judges.second_pass import SecondPass

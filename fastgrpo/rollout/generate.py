@@ -12,12 +12,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.engine.next_token import keep_logits, prompt_passes
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.models.head import effective_head, replaced_head, under_autocast
 from fastgrpo.packing.group import Group
-from fastgrpo.packing.planner import Part, plan_rows
-from fastgrpo.packing.row import PackedRow
 from fastgrpo.rollout.sampling import Sampling
 from fastgrpo.rollout.state import DecodeState, Prefill
 
@@ -81,26 +79,23 @@ def generate(
 
 def _prefill(adapter, groups, num_generations, steps, max_tokens, backend):
     """The decode state after all prompts, (B, V) logits of the first token, (B,) its position."""
-    chosen = adapter.prepare(backend)
-    parts = [Part(group, [], []) for group in groups]
-    where = {id(part): i for i, part in enumerate(parts)}
     prefixes: list = [None] * len(groups)
     logits: list = [None] * len(groups)
     position = torch.empty(len(groups), dtype=torch.int64)
-    for members in plan_rows(parts, max_tokens):
-        row = PackedRow(adapter, members, groups, chosen)
-        recorder = Prefill(row.layout)
-        ends = row.layout.cu_q[1:].long() - 1
-        row.inputs |= {"fg_layout": recorder, "logits_to_keep": ends}
-        last = _logits(adapter, row.inputs)
-        sizes = [part.group.prompt_ids.numel() for part in members]
-        layers = [(k.split(sizes), v.split(sizes)) for k, v in recorder.layers]
-        following = row.inputs["position_ids"].reshape(-1, row.layout.total).split(sizes, 1)
-        for n, part in enumerate(members):
-            i = where[id(part)]
+    recorders: list[Prefill] = []
+
+    def record(layout) -> Prefill:
+        recorders.append(Prefill(layout))
+        return recorders[-1]
+
+    for row, members, last in prompt_passes(adapter, groups, max_tokens, backend, observe=record):
+        sizes = [groups[i].prompt_ids.numel() for i in members]
+        layers = [(k.split(sizes), v.split(sizes)) for k, v in recorders.pop().layers]
+        where = row.inputs["position_ids"].reshape(-1, row.layout.total).split(sizes, 1)
+        for n, i in enumerate(members):
             prefixes[i] = [(k[n], v[n]) for k, v in layers]
             logits[i] = last[n]
-            position[i] = following[n].max() + 1
+            position[i] = where[n].max() + 1
     state = DecodeState(prefixes, num_generations, steps)
     rows = torch.stack(logits).repeat_interleave(num_generations, 0)
     return state, rows, position.repeat_interleave(num_generations).to(adapter.device)
@@ -130,20 +125,9 @@ def _decode(adapter, state, logits, position, sampling, ends, generator):
             "fg_layout": state,
             "use_cache": False,
         }
-        logits = _logits(adapter, inputs)
+        logits = keep_logits(adapter, inputs)
         state.steps_done += 1
     return torch.stack(tokens, 1), torch.stack(logps, 1)
-
-
-def _logits(adapter: Adapter, inputs: dict) -> Tensor:
-    """(rows, V) float32 logits of the rows the model is asked to keep."""
-
-    def project(hidden: Tensor) -> Tensor:
-        x, weight, bias = under_autocast(hidden, *effective_head(adapter.head))
-        return nn.functional.linear(x, weight, bias).float()
-
-    with replaced_head(adapter.head, project):
-        return adapter.root(**inputs).logits[0]
 
 
 def _end_ids(adapter: Adapter, eos_token_id: int | Sequence[int] | None) -> list[int]:

@@ -1,6 +1,7 @@
 """Argument checks shared by the box ops."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from operator import index
 
 import torch
@@ -44,6 +45,16 @@ def as_sizes(name: str, sizes: Sequence[int] | torch.Tensor, total: int | None =
     if total is not None and sum(sizes) != total:
         raise InputError(f"{name}: expected counts that sum to {total}, got {sum(sizes)}")
     return sizes
+
+
+def starts(sizes: Iterable[int], device: torch.device) -> torch.Tensor:
+    """(B + 1,) int64: where each sample begins, and the total."""
+    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int64, device=device)
+
+
+def pair_counts(a_sizes: list[int], b_sizes: list[int]) -> list[int]:
+    """Pairs per sample."""
+    return [n * m for n, m in zip(a_sizes, b_sizes, strict=True)]
 
 
 def check_same_samples(names, a_sizes: list[int], b_sizes: list[int]) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from fastgrpo.errors import InputError
-from fastgrpo.ops._boxes import as_boxes, as_sizes, check_same_samples
+from fastgrpo.ops._boxes import as_boxes, as_sizes, check_same_samples, starts
+from fastgrpo.ops._select import select
 from fastgrpo.reference import average_precision as reference
 from fastgrpo.reference.average_precision import COCO
 
@@ -69,18 +70,30 @@ def average_precision(
         raise InputError(f"thresholds: expected numbers in (0, 1], got {thresholds}")
     if max_dets < 1:
         raise InputError(f"max_dets: expected a count >= 1, got {max_dets}")
-    ap = reference.average_precision(
-        pred_boxes.detach().double().cpu(),
-        pred_labels.cpu(),
-        pred_scores.detach().double().cpu(),
-        gt_boxes.detach().double().cpu(),
-        gt_labels.cpu(),
-        pred_sizes,
-        gt_sizes,
-        thresholds=thresholds,
-        max_dets=max_dets,
-        area_range=area_range,
-    ).to(pred_boxes.device)
+    device = pred_boxes.device
+    impl = select("average_precision", device, impl)
+    tensors = [
+        pred_boxes.detach().double(),
+        pred_labels.to(device),
+        pred_scores.detach().to(device),
+        gt_boxes.detach().double().to(device),
+        gt_labels.to(device),
+    ]
+    if impl == "reference":
+        ap = reference.average_precision(
+            *(t.cpu() for t in tensors),
+            pred_sizes,
+            gt_sizes,
+            thresholds=thresholds,
+            max_dets=max_dets,
+            area_range=area_range,
+        ).to(device)
+    else:
+        from fastgrpo_kernels._cpp import average_precision as kernel
+
+        low, high = (None, None) if area_range is None else map(float, area_range)
+        pred_start, gt_start = starts(pred_sizes, device), starts(gt_sizes, device)
+        ap = kernel(*tensors, pred_start, gt_start, list(thresholds), max_dets, low, high)
     return ap if per_threshold else ap.mean(1)
 
 

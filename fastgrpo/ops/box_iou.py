@@ -1,13 +1,13 @@
 """Overlap of boxes: element by element, and every pair of ragged batches."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 
 from fastgrpo.checks import check_choice
 from fastgrpo.errors import InputError
-from fastgrpo.ops._boxes import as_box_pair, as_sizes, check_same_samples
+from fastgrpo.ops._boxes import as_box_pair, as_sizes, check_same_samples, pair_counts, starts
+from fastgrpo.ops._select import select
 from fastgrpo.reference import box_iou as reference
 
 
@@ -64,13 +64,36 @@ def pairwise_box_iou(
     a: (sum a_sizes, 4), b: (sum b_sizes, 4), samples after one another. Returns values
     (sum_s a_s * b_s,), each sample's (a_s, b_s) block row-major, and offsets (B + 1,) int64 where
     the blocks start. Values, dtypes, gradients and invalid boxes as in `box_iou`.
+    impl: "reference", "cpp" (CPU, no gradient), "triton" (CUDA); None picks the fastest that serves.
     """
     check_choice("kind", kind, reference.KINDS)
     check_choice("convention", convention, reference.CONVENTIONS)
     a, b = as_box_pair("ab", a, b, ndim=2)
     a_sizes, b_sizes = as_sizes("a_sizes", a_sizes, len(a)), as_sizes("b_sizes", b_sizes, len(b))
     check_same_samples(("a_sizes", "b_sizes"), a_sizes, b_sizes)
-    areas = (n * m for n, m in zip(a_sizes, b_sizes, strict=True))
-    offsets = torch.tensor([0, *accumulate(areas)], device=a.device)
-    values = reference.pairwise_box_iou(a, b, a_sizes, b_sizes, kind=kind, convention=convention)
+    pairs = pair_counts(a_sizes, b_sizes)
+    offsets = starts(pairs, a.device)
+    impl = _choose(a, b, impl)
+    if impl == "reference":
+        values = reference.pairwise_box_iou(
+            a, b, a_sizes, b_sizes, kind=kind, convention=convention
+        )
+    elif impl == "triton":
+        from fastgrpo_kernels.box_iou import pairwise_box_iou as kernel
+
+        values = kernel(a, b, a_sizes, b_sizes, kind=kind, convention=convention)
+    else:
+        from fastgrpo_kernels._cpp import pairwise_box_iou as kernel
+
+        a_start, b_start = starts(a_sizes, a.device), starts(b_sizes, a.device)
+        values = kernel(a, b, a_start, b_start, offsets, sum(pairs), kind, convention)
     return values, offsets
+
+
+def _choose(a: torch.Tensor, b: torch.Tensor, impl: str | None) -> str:
+    chosen = select("pairwise_box_iou", a.device, impl)
+    if chosen == "cpp" and torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        if impl is not None:
+            raise InputError("impl: 'cpp' has no gradient, and a or b requires one")
+        return "reference"
+    return chosen

@@ -1,13 +1,13 @@
 """One-to-one matching of predictions with ground truth from a score per pair."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 
 from fastgrpo.checks import check_choice
 from fastgrpo.errors import InputError
-from fastgrpo.ops._boxes import as_sizes, check_same_samples
+from fastgrpo.ops._boxes import as_sizes, check_same_samples, pair_counts, starts
+from fastgrpo.ops._select import select
 from fastgrpo.reference import match_boxes as reference
 
 
@@ -42,16 +42,30 @@ def match_boxes(
     check_choice("method", method, reference.METHODS)
     a_sizes, b_sizes = as_sizes("a_sizes", a_sizes), as_sizes("b_sizes", b_sizes)
     check_same_samples(("a_sizes", "b_sizes"), a_sizes, b_sizes)
-    areas = (n * m for n, m in zip(a_sizes, b_sizes, strict=True))
-    _check_pairs(scores, offsets, mask, [0, *accumulate(areas)])
+    pair_starts = starts(pair_counts(a_sizes, b_sizes), torch.device("cpu"))
+    _check_pairs(scores, offsets, mask, pair_starts)
     if threshold is not None and threshold != threshold:
         raise InputError("threshold: expected a number or None, got nan")
-    return reference.match_boxes(
-        scores.detach(), a_sizes, b_sizes, method=method, threshold=threshold, mask=mask
+    scores = scores.detach()
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.double()
+    impl = select("match_boxes", scores.device, impl)
+    if impl == "reference":
+        return reference.match_boxes(
+            scores, a_sizes, b_sizes, method=method, threshold=threshold, mask=mask
+        )
+    from fastgrpo_kernels._cpp import match_boxes as kernel
+
+    a_start, b_start = (starts(sizes, pair_starts.device) for sizes in (a_sizes, b_sizes))
+    mask = None if mask is None else mask.cpu()
+    columns = kernel(
+        scores.cpu(), mask, a_start, b_start, pair_starts, sum(a_sizes), method, threshold
     )
+    return columns.to(scores.device)
 
 
-def _check_pairs(scores, offsets, mask, expected: list[int]) -> None:
+def _check_pairs(scores, offsets, mask, starts: torch.Tensor) -> None:
+    expected = starts.tolist()
     if scores.ndim != 1 or len(scores) != expected[-1]:
         raise InputError(
             f"scores: expected shape ({expected[-1]},), one score per pair, "

@@ -1,0 +1,4 @@
+"""Datasets of vision-language tasks in the columns TRL's trainers take."""
+
+from fastgrpo.data.quarantine import Quarantine, SetAside
+from fastgrpo.data.vlm_r1 import load_vlm_r1, split_validation

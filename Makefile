@@ -4,13 +4,15 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := requirements/constraints.txt
+OLDEST := 5.17.0
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-matrix test-slow test-gpu bench lint clean env
+.PHONY: env demo test test-matrix test-slow test-gpu bench recipes lint clean
 
 env: $(VENV)/.ready
 
 # torch goes first and pinned: an open range pulls gigabytes of another build.
-$(VENV)/.ready: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
+$(VENV)/.ready: pyproject.toml setup.py $(CONSTRAINTS) $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip "setuptools>=77" wheel
 	$(PIP) -c $(CONSTRAINTS) torch
@@ -18,9 +20,37 @@ $(VENV)/.ready: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	$(PIP) -c $(CONSTRAINTS) --no-build-isolation -e ".[test]"
 	touch $@
 
+demo: env
+	$(BIN)/python -m fastgrpo.demo --out runs/demo
+
 test: env lint
 	$(BIN)/python -m pytest -n 2 -q
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q -m interpreter
+
+# The engine's tests on the oldest supported transformers, in an environment of its own.
+test-matrix: .venv-$(OLDEST)/.ready
+	.venv-$(OLDEST)/bin/python -m pytest -n 2 -q -m "engine and not slow and not gpu"
+
+.venv-$(OLDEST)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv .venv-$(OLDEST)
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v "^transformers==" > .venv-$(OLDEST)/requirements.txt
+	.venv-$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  -r .venv-$(OLDEST)/requirements.txt transformers==$(OLDEST)
+	.venv-$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --no-build-isolation -e .
+	touch $@
+
+test-slow: env
+	$(BIN)/python -m pytest -n 2 -q -m slow
+
+test-gpu: env
+	$(BIN)/python -m pytest -q -m gpu
+
+bench: env
+	$(BIN)/python -m fastgrpo.cli bench
+
+recipes: env
+	$(BIN)/python -m fastgrpo.recipes > docs/recipes.md
 
 lint: env
 	$(BIN)/ruff check .

@@ -254,6 +254,7 @@ class Gradients:
         hidden: torch.Tensor,
         need: tuple[bool, bool, bool],
         into: torch.Tensor | None = None,
+        into_scale: float = 1.0,
     ) -> None:
         self.head = head
         V, D = head.weight.shape
@@ -261,7 +262,7 @@ class Gradients:
         self.dhidden = hidden.new_zeros(hidden.shape if need[0] else 0)
         self.dweight = new((V, D) if need[1] else 0, dtype=head.acc_dtype)
         self.dbias = new(V, dtype=head.acc_dtype).zero_() if need[2] else new(0)
-        self.need, self.first = need, True
+        self.need, self.first, self.dweight_scale = need, True, into_scale
         if into is not None:
             self.dweight, self.first = into, False
 
@@ -273,7 +274,8 @@ class Gradients:
         if self.need[0]:
             self._add_dhidden(E, v, rows)
         if self.need[1]:
-            scaled = (x * v[:, None]).to(x.dtype)
+            u = v if self.dweight_scale == 1.0 else v * self.dweight_scale
+            scaled = (x * u[:, None]).to(x.dtype)
             if head.half:
                 beta = 0.0 if self.first else 1.0
                 kwargs = {"beta": beta, "out_dtype": torch.float32, "out": self.dweight}

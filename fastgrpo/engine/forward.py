@@ -28,7 +28,8 @@ def forward_row(
     def project(hidden: Tensor) -> Tensor:
         # (1, U, D) distinct predicting rows -> (N, D): the prompt's last row serves G completions
         hidden = gather_rows(hidden[0], row.layout.predictors())
-        return head(*under_autocast(hidden, *effective_head(adapter.head)))[None]
+        # A fresh tensor, not a view: FSDP's hook on the output would be lost with a view.
+        return torch.stack([head(*under_autocast(hidden, *effective_head(adapter.head)))])
 
     with replaced_head(adapter.head, project), row_images(adapter, row, store) as images:
         output = adapter.root(**row.inputs, **images)

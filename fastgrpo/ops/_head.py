@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from fastgrpo.errors import InputError
 from fastgrpo.reference.offset_exp import (
     MAX_EXPONENT,
     exp_limit,
@@ -323,3 +324,15 @@ def chunk_rows(vocabulary: int, rows: int, itemsize: int, workspace_mb: float | 
     budget = 128.0 if workspace_mb is None else workspace_mb
     fit = int(budget * 2**20 // max(vocabulary * itemsize, 1))
     return max(1, min(rows, 4096, fit if workspace_mb is not None else max(fit, 512)))
+
+
+def whole_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A DTensor weight gathered (differentiably); InputError for a ZeRO-3 stub."""
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+    if isinstance(weight, torch.Tensor) and weight.numel() == 0 and hasattr(weight, "ds_id"):
+        raise InputError(
+            "weight: an empty ZeRO-3 shard; gather it (deepspeed.zero.GatheredParameters) or call "
+            "the op inside the model's forward"
+        )
+    return weight

@@ -280,14 +280,15 @@ def autograd_allowed() -> Iterator[None]:
 
 def encode_spec(obj: Objective, kl_terms, sampled_entropy_coef: float) -> str:
     """What is not a tensor in a call, as a string: custom ops take no other objects."""
-    fields = ("coefficient", "estimator", "log_ratio_clamp", "value_clamp")
-    return json.dumps(
-        {
-            "objective": dataclasses.asdict(obj),
-            "kl_terms": [[getattr(term, name) for name in fields] for term in kl_terms],
-            "sampled_entropy_coef": sampled_entropy_coef,
-        }
-    )
+    names = ("coefficient", "estimator", "log_ratio_clamp", "value_clamp")
+    scalars = [[getattr(term, name) for name in names] for term in kl_terms]
+    return _dumps(obj, scalars, sampled_entropy_coef)
+
+
+@torch.compiler.assume_constant_result
+def _dumps(obj: Objective, kl_scalars: list[list], sampled_entropy_coef: float) -> str:
+    fields = {"objective": dataclasses.asdict(obj), "kl_terms": kl_scalars}
+    return json.dumps(fields | {"sampled_entropy_coef": sampled_entropy_coef})
 
 
 def decode_spec(

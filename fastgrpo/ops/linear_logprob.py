@@ -6,6 +6,7 @@ import torch
 
 from fastgrpo.checks import check_choice, check_positive, check_targets, check_tensor
 from fastgrpo.errors import InputError
+from fastgrpo.ops._head import whole_weight
 from fastgrpo.ops._linear_logprob import linear_logprob_op
 from fastgrpo.ops._select import select
 from fastgrpo.reference import linear_logprob as reference
@@ -177,16 +178,4 @@ def check_head(
             raise InputError(
                 f"temperature: row {row} is {float(temperature[row])}, expected a number > 0"
             )
-    return weight
-
-
-def whole_weight(weight: torch.Tensor) -> torch.Tensor:
-    """A DTensor weight gathered (differentiably); InputError for a ZeRO-3 stub."""
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
-    if isinstance(weight, torch.Tensor) and weight.numel() == 0 and hasattr(weight, "ds_id"):
-        raise InputError(
-            "weight: an empty ZeRO-3 shard; gather it (deepspeed.zero.GatheredParameters) or call "
-            "the op inside the model's forward"
-        )
     return weight

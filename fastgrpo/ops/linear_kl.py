@@ -1,0 +1,166 @@
+"""linear_kl: full-vocabulary KL between two hidden-state streams, the logits never stored.
+
+Letters: N rows, D hidden size, V vocabulary, C rows of a chunk.
+"""
+
+import torch
+
+from fastgrpo.checks import check_positive, check_tensor
+from fastgrpo.errors import InputError
+from fastgrpo.ops._head import chunk_rows, whole_weight
+from fastgrpo.ops._select import select
+from fastgrpo.reference import linear_kl as reference
+
+
+def linear_kl(
+    hidden_p: torch.Tensor,
+    weight_p: torch.Tensor,
+    hidden_q: torch.Tensor,
+    weight_q: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    impl: str | None = None,
+    workspace_mb: float | None = None,
+) -> torch.Tensor:
+    """KL(p || q) over the whole vocabulary, row by row.
+
+        p = softmax(hidden_p @ weight_p.T / T),  q = softmax(hidden_q @ weight_q.T / T)
+        KL_n = sum_j p_nj (log p_nj - log q_nj) >= 0
+
+    Args:
+        hidden_p: (N, D), weight_p: (V, D); hidden_q: (N, E), weight_q: (V, E); one dtype.
+        temperature: T > 0. workspace_mb: memory for the two chunks of logits (default 128, at
+            least 512 rows).
+        impl: "reference", "torch" or "triton".
+
+    Returns (N,) float32 (float64 from float64 inputs), differentiable in all four inputs: two
+    matmuls, and in backward two more plus one for each gradient wanted. A token impossible under
+    q but not under p makes its row +inf; a row with NaN or inf is NaN and touches no other.
+    """
+    weight_p, weight_q = whole_weight(weight_p), whole_weight(weight_q)
+    sizes: dict[str, int] = {}
+    check_tensor("hidden_p", hidden_p, "N D", like=sizes, floating=True)
+    same = {"like": sizes, "dtypes": (hidden_p.dtype,), "device": hidden_p.device}
+    check_tensor("weight_p", weight_p, "V D", **same)
+    check_tensor("hidden_q", hidden_q, "N E", **same)
+    check_tensor("weight_q", weight_q, "V E", **same)
+    check_positive("temperature", temperature)
+    if sizes["V"] == 0:
+        raise InputError("weight_p: expected at least one vocabulary row, got (0, D)")
+    impl = select("linear_kl", hidden_p.device, impl)
+    if impl == "reference":
+        return reference.linear_kl(hidden_p, weight_p, hidden_q, weight_q, temperature)
+    return _linear_kl(hidden_p, weight_p, hidden_q, weight_q, float(temperature), workspace_mb)
+
+
+@torch.library.custom_op("fastgrpo::linear_kl", mutates_args=())
+def _linear_kl(
+    hidden_p: torch.Tensor,
+    weight_p: torch.Tensor,
+    hidden_q: torch.Tensor,
+    weight_q: torch.Tensor,
+    temperature: float,
+    workspace_mb: float | None,
+) -> torch.Tensor:
+    pair = _Pair(hidden_p, weight_p, hidden_q, weight_q, temperature, workspace_mb)
+    kl = hidden_p.new_empty(len(hidden_p), dtype=pair.dtype)
+    for rows, z_p, z_q in pair:
+        for part in pair.blocks(len(z_p)):
+            kl[rows][part] = reference.kl_of_logits(z_p[part], z_q[part])
+    return kl
+
+
+@_linear_kl.register_fake
+def _(hidden_p, weight_p, hidden_q, weight_q, temperature, workspace_mb):
+    dtype = torch.promote_types(hidden_p.dtype, torch.float32)
+    return hidden_p.new_empty(hidden_p.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("fastgrpo::linear_kl_backward", mutates_args=())
+def _linear_kl_backward(
+    dkl: torch.Tensor,
+    hidden_p: torch.Tensor,
+    weight_p: torch.Tensor,
+    hidden_q: torch.Tensor,
+    weight_q: torch.Tensor,
+    kl: torch.Tensor,
+    temperature: float,
+    workspace_mb: float | None,
+    need: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = (hidden_p, weight_p, hidden_q, weight_q)
+    pair = _Pair(*inputs, temperature, workspace_mb)
+    grads = [
+        torch.zeros_like(x, dtype=pair.dtype) if n else x.new_empty(0, dtype=pair.dtype)
+        for x, n in zip(inputs, need, strict=True)
+    ]
+    for rows, z_p, z_q in pair:
+        g = (dkl[rows] / temperature)[:, None]
+        for part in pair.blocks(len(z_p)):
+            _logit_gradients_(z_p[part], z_q[part], kl[rows][part, None], g[part])
+        for i, dz, x, w in ((0, z_p, hidden_p, pair.weight_p), (2, z_q, hidden_q, pair.weight_q)):
+            if need[i]:
+                torch.mm(dz, w, out=grads[i][rows])
+            if need[i + 1]:
+                grads[i + 1].addmm_(dz.t(), x[rows].to(pair.dtype))
+    return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+
+
+@_linear_kl_backward.register_fake
+def _(dkl, hidden_p, weight_p, hidden_q, weight_q, kl, temperature, workspace_mb, need):
+    inputs = (hidden_p, weight_p, hidden_q, weight_q)
+    return tuple(x.new_empty(x.shape if n else 0) for x, n in zip(inputs, need, strict=True))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:4], output)
+    ctx.temperature, ctx.workspace_mb = inputs[4:]
+
+
+def _backward(ctx, dkl):
+    need = list(ctx.needs_input_grad[:4])
+    scalars = (ctx.temperature, ctx.workspace_mb, need)
+    grads = _linear_kl_backward(dkl.contiguous(), *ctx.saved_tensors, *scalars)
+    return *(g if n else None for g, n in zip(grads, need, strict=True)), None, None
+
+
+_linear_kl.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _logit_gradients_(
+    z_p: torch.Tensor, z_q: torch.Tensor, kl: torch.Tensor, g: torch.Tensor
+) -> None:
+    """z_p <- g p (log p - log q - KL), z_q <- g (q - p), in place."""
+    log_p, log_q = z_p.log_softmax(1), z_q.log_softmax(1)
+    p = log_p.exp()
+    difference = torch.where(log_p != -torch.inf, log_p - log_q, 0.0)
+    torch.mul(p, (difference - kl).mul_(g), out=z_p)
+    torch.sub(log_q.exp_(), p, out=z_q).mul_(g)
+
+
+class _Pair:
+    """Chunks of both streams' logits: yields (rows, z_p, z_q), buffers used again."""
+
+    def __init__(self, hidden_p, weight_p, hidden_q, weight_q, temperature, workspace_mb) -> None:
+        self.dtype = torch.promote_types(hidden_p.dtype, torch.float32)
+        self.half = hidden_p.dtype == torch.bfloat16 and hidden_p.device.type == "cuda"
+        self.hidden_p, self.hidden_q, self.temperature = hidden_p, hidden_q, temperature
+        self.weight_p, self.weight_q = weight_p.to(self.dtype), weight_q.to(self.dtype)
+        N, V = len(hidden_p), len(weight_p)
+        self.step = chunk_rows(2 * V, N, self.dtype.itemsize, workspace_mb)
+        self.z_p, self.z_q = (hidden_p.new_empty(self.step, V, dtype=self.dtype) for _ in "pq")
+        self.block = max(1, (1 << 18) // V) if hidden_p.device.type == "cpu" else self.step
+
+    def __iter__(self):
+        for start in range(0, len(self.hidden_p), self.step):
+            rows = slice(start, min(start + self.step, len(self.hidden_p)))
+            z_p = self._logits(self.hidden_p[rows], self.weight_p, self.z_p)
+            yield rows, z_p, self._logits(self.hidden_q[rows], self.weight_q, self.z_q)
+
+    def _logits(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        z = torch.mm(x.to(self.dtype), weight.t(), out=out[: len(x)])
+        return z if self.temperature == 1.0 else z.mul_(1.0 / self.temperature)
+
+    def blocks(self, rows: int) -> list[slice]:
+        """Rows whose softmax work stays in the cache."""
+        return [slice(i, i + self.block) for i in range(0, rows, self.block)]

@@ -1,5 +1,35 @@
 """The `fastgrpo` command: train, doctor, bench, report."""
 
+from __future__ import annotations
 
-def main() -> None:
-    raise SystemExit("fastgrpo: no command yet")
+import importlib
+import sys
+
+COMMANDS = {
+    "train": "train a vision-language model with GRPO from a config file",
+    "doctor": "what is installed, which implementation each op uses and why",
+    "bench": "run the benchmarks of a source checkout",
+    "report": "write the report of a training run",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs `fastgrpo COMMAND ...`; a command's own modules are imported only when it runs."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    command, *rest = arguments
+    if command not in COMMANDS:
+        raise SystemExit(f"fastgrpo: unknown command {command!r}\n\n{_usage()}")
+    from fastgrpo.errors import InputError
+
+    try:
+        importlib.import_module(f"fastgrpo.cli.{command}").main(rest)
+    except InputError as error:
+        raise SystemExit(f"fastgrpo {command}: {error}") from error
+
+
+def _usage() -> str:
+    lines = [f"  {name:<8}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: fastgrpo COMMAND [options]", "", *lines])

@@ -35,7 +35,7 @@ class Rows:
     prompts: list[Tensor]
     completions: list[Tensor]
     vision: list[dict[str, Tensor]]
-    placeholder: Tensor  # (B, C) image or video placeholders sampled inside a completion
+    num_columns: int  # C
 
 
 def read_rows(
@@ -47,12 +47,11 @@ def read_rows(
     image_grid_thw: Tensor | None = None,
     num_images: list[int] | None = None,
     mm_token_type_ids: Tensor | None = None,
-    placeholder_ids: tuple[int, ...] = (),
-    neutral_id: int = 0,
 ) -> Rows:
-    """Unpads (B, P + C) ids. A placeholder inside a completion is read as `neutral_id`.
+    """Unpads (B, P + C) ids.
 
-    A completion must be contiguous and start in column P; raises `InputError` naming the row.
+    A completion must be contiguous and start in column P, and may hold no images of a tool; raises
+    `InputError` naming the row.
     """
     width = input_ids.shape[1] - num_columns
     prompt_mask, completion_mask = attention_mask.bool().split([width, num_columns], dim=1)
@@ -65,21 +64,16 @@ def read_rows(
             f"row {int(hole.nonzero()[0])}: the completion mask has a hole; a completion must be "
             "right-padded"
         )
-    placeholder = torch.zeros_like(completion_mask)
-    if placeholder_ids:
-        ids = torch.tensor(placeholder_ids, device=input_ids.device)
-        placeholder = torch.isin(completion_ids, ids) & completion_mask
-        if mm_token_type_ids is not None and mm_token_type_ids[:, width:].any():
-            raise InputError(
-                "images inside a completion (returned by a tool) cannot be packed; train this "
-                "environment with TRL's own trainer"
-            )
-        completion_ids = completion_ids.masked_fill(placeholder, neutral_id)
+    if mm_token_type_ids is not None and mm_token_type_ids[:, width:].any():
+        raise InputError(
+            "images inside a completion (returned by a tool) cannot be packed; train this "
+            "environment with TRL's own trainer"
+        )
     return Rows(
         prompts=[ids[keep] for ids, keep in zip(prompt_ids, prompt_mask, strict=True)],
         completions=[c[:n] for c, n in zip(completion_ids, lengths.tolist(), strict=True)],
         vision=split_vision(pixel_values, image_grid_thw, num_images, len(input_ids)),
-        placeholder=placeholder,
+        num_columns=num_columns,
     )
 
 
@@ -119,20 +113,17 @@ def as_groups(rows: Rows) -> tuple[list[Group], list[int]]:
 
 
 def scatter(values: list[Tensor], members: list[int], rows: Rows) -> Tensor:
-    """(B, C) float32 with `values[i]` (C_i,) in row `members[i]`; exactly 0 where nothing counts.
-
-    Differentiable in `values`. Placeholders inside a completion are 0 and pass no gradient.
-    """
-    shape, device = rows.placeholder.shape, rows.placeholder.device
+    """(B, C) float32 with `values[i]` (C_i,) in row `members[i]`; exactly 0 elsewhere."""
+    shape = (len(rows.prompts), rows.num_columns)
+    device = rows.prompts[0].device
     if not members:
         return torch.zeros(shape, device=device)
-    columns = torch.arange(shape[1], device=device)
+    columns = torch.arange(rows.num_columns, device=device)
     index = torch.cat(
         [columns[: len(v)] + row * shape[1] for v, row in zip(values, members, strict=True)]
     )
     flat = torch.zeros(shape, device=device).view(-1)
-    padded = flat.index_copy(0, index, torch.cat(values).float()).view(shape)
-    return padded.masked_fill(rows.placeholder, 0.0)
+    return flat.index_copy(0, index, torch.cat(values).float()).view(shape)
 
 
 def plan_micro_batches(group_of_row: list[int], order: list[int], num_batches: int) -> list[int]:

@@ -28,25 +28,20 @@ def check_against_trl(
 ) -> float:
     """Compares `logps` (B, C) with `trl_values` on up to four rows spread over the micro-batch.
 
-    `members` are the rows that were scored, `inputs` TRL's `input_ids`, `attention_mask` and
+    `members` are the rows to choose from, `inputs` TRL's `input_ids`, `attention_mask` and
     `mm_token_type_ids`. Returns the largest absolute difference; raises `RuntimeError` when it
     cannot be rounding.
     """
     chosen = members[:: max(1, -(-len(members) // CHECKED_ROWS))]
     sliced = {name: value[chosen] for name, value in inputs.items() if value is not None}
-    num_columns = rows.placeholder.shape[1]
-    width = sliced["input_ids"].shape[1] - num_columns
-    sliced["input_ids"] = sliced["input_ids"].clone()
-    for ids, row in zip(sliced["input_ids"], chosen, strict=True):
-        ids[width : width + len(rows.completions[row])] = rows.completions[row]
     vision = [rows.vision[row] for row in chosen]
     if any(vision):
         sliced["num_images"] = [len(v["image_grid_thw"]) if v else 0 for v in vision]
         for name in ("pixel_values", "image_grid_thw"):
             sliced[name] = torch.cat([v[name] for v in vision if v])
     with torch.no_grad():
-        expected, _, _ = trl_values(model, logits_to_keep=num_columns, **sliced)
-    counted = sliced["attention_mask"][:, width:].bool() & ~rows.placeholder[chosen]
+        expected, _, _ = trl_values(model, logits_to_keep=rows.num_columns, **sliced)
+    counted = sliced["attention_mask"][:, -rows.num_columns :].bool()
     error = (logps.detach()[chosen] - expected.float()).abs()[counted]
     largest, mean = float(error.max()), float(error.mean())
     worst = mean if half_precision else largest

@@ -10,6 +10,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from fastgrpo.errors import InputError
+from fastgrpo.models.adapter import Adapter
 
 TRL_SERIES = "1.16."
 OVERRIDDEN = (
@@ -43,6 +44,7 @@ def check_trainer(trainer: GRPOTrainer, own: type) -> None:
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
             check_forward(trainer.accelerator.unwrap_model(model))
+            Adapter(model)  # refuses a family the engine does not know
 
 
 def _check_methods(trainer: GRPOTrainer, own: type) -> None:

@@ -53,6 +53,7 @@ class _FastMixin:
         self.fast = options
         self._checked_models: set[int] = set()
         self._rewards: Tensor | None = None
+        self._grids: list | None = None
         self._guard = RewardGuard(options.reward_timeout)
         if options.guard_rewards:
             self.reward_funcs = [
@@ -61,7 +62,7 @@ class _FastMixin:
             ]
         config = self.accelerator.unwrap_model(self.model).config
         ids = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
-        self._placeholder_ids = tuple(i for i in ids if i is not None) if self._is_vlm else ()
+        self._placeholder_ids = tuple(i for i in ids if i is not None)
         if options.liger_kernels:
             apply_liger_layers(self)
 
@@ -97,8 +98,6 @@ class _FastMixin:
             image_grid_thw=image_grid_thw,
             num_images=num_images,
             mm_token_type_ids=mm_token_type_ids,
-            placeholder_ids=self._placeholder_ids,
-            neutral_id=self._tokenizer.pad_token_id,
         )
         groups, members = as_groups(rows)
         with self.accelerator.autocast():
@@ -109,6 +108,8 @@ class _FastMixin:
                 outputs=("logp", "entropy") if compute_entropy else ("logp",),
                 max_tokens=self.fast.max_tokens,
                 backend=self.fast.backend,
+                self_check=False,  # the check below compares more rows, with TRL's own values
+                placeholders="neutralize",
             )
         logps = scatter([s.logp[0] for s in scores], members, rows)
         entropies = None
@@ -117,30 +118,35 @@ class _FastMixin:
         if not groups and torch.is_grad_enabled():  # backward() must still find a graph
             weight = next(p for p in model.parameters() if p.requires_grad)
             logps = logps + weight.flatten()[:0].sum().to(logps)
-        if self.fast.self_check and groups and id(model) not in self._checked_models:
-            self._checked_models.add(id(model))
-            error = check_against_trl(
-                super()._get_per_token_logps_and_entropies,
-                model,
-                rows,
-                members,
-                logps,
-                dict(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    mm_token_type_ids=mm_token_type_ids,
-                ),
-                half_precision=self._half_precision(model),
+        if self.fast.self_check and id(model) not in self._checked_models:
+            self._self_check(
+                model, rows, members, logps, input_ids, attention_mask, mm_token_type_ids
             )
-            self._metrics[self._mode]["fastgrpo/self_check_max_abs"].append(error)
         return logps, entropies, None
 
-    def _half_precision(self, model: nn.Module) -> bool:
+    def _self_check(self, model, rows, members, logps, input_ids, attention_mask, types) -> None:
+        clean = [row for row in members if not self._is_placeholder(rows.completions[row]).any()]
+        if not clean:
+            return
         dtype = next(model.parameters()).dtype
-        return dtype.itemsize < 4 or self.accelerator.mixed_precision != "no"
+        error = check_against_trl(
+            super()._get_per_token_logps_and_entropies,
+            model,
+            rows,
+            clean,
+            logps,
+            dict(input_ids=input_ids, attention_mask=attention_mask, mm_token_type_ids=types),
+            half_precision=dtype.itemsize < 4 or self.accelerator.mixed_precision != "no",
+        )
+        self._checked_models.add(id(model))
+        self._metrics[self._mode]["fastgrpo/self_check_max_abs"].append(error)
+
+    def _is_placeholder(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, ids.new_tensor(self._placeholder_ids))
 
     def _tokenize_prompts(self, prompts):
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        self._grids = _grids_per_row(fields.get("image_grid_thw"), images)
         if images is not None and not self.use_vllm:
             # Processors take [] for a prompt without images; TRL's None ends in a TypeError.
             images = [row or [] for row in images]
@@ -171,6 +177,12 @@ class _FastMixin:
         return plan_micro_batches(group_of_row, order, self.args.steps_per_generation)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if self._grids is not None and len(self._grids) == len(inputs):
+            # The resolution the model saw, for rewards that compare pixels; VLM-R1's column.
+            inputs = [
+                {"image_grid_thw": grid} | row
+                for grid, row in zip(self._grids, inputs, strict=True)
+            ]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         device, names = rewards.device, self.reward_func_names
         infinite = rewards.isinf()  # from a reward model: functions are guarded one by one
@@ -204,8 +216,7 @@ class _FastMixin:
         """Image and video placeholders the policy sampled: no loss, counted."""
         if not self._placeholder_ids:
             return
-        ids = torch.tensor(self._placeholder_ids, device=output["completion_ids"].device)
-        sampled = torch.isin(output["completion_ids"], ids)
+        sampled = self._is_placeholder(output["completion_ids"])
         tool_mask = output.get("tool_mask", torch.ones_like(output["completion_mask"]))
         sampled &= (output["completion_mask"] * tool_mask).bool()
         count = self.accelerator.gather(sampled.sum()).sum()
@@ -275,6 +286,15 @@ def _options(values: dict) -> FastOptions:
     if unknown:
         raise InputError(f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}")
     return FastOptions(**values)
+
+
+def _grids_per_row(grids, images: list | None) -> list | None:
+    """Each row's (t, h, w) in patches as [[t, h, w]]; None for a row without exactly one image."""
+    if grids is None or images is None:
+        return None
+    remaining = iter(torch.as_tensor(grids).tolist())
+    rows = [[next(remaining) for _ in row or []] for row in images]
+    return [row if len(row) == 1 else None for row in rows]
 
 
 def _take_rows(batch: dict, order: list[int]) -> dict:

@@ -1,0 +1,54 @@
+"""Every setting of `fastgrpo train`: TRL's GRPOConfig and ours, one flat list of fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from fastgrpo.data.images import MAX_PIXELS
+
+
+def _option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class FastGRPOConfig(GRPOConfig):
+    """GRPOConfig with the data, rewards and acceleration of `fastgrpo train`."""
+
+    data_file_paths: str | None = _option(None, "VLM-R1 JSONL files, ':' between them.")
+    image_folders: str | None = _option(None, "One image folder per data file, ':' between them.")
+    reward_method: str | None = _option(
+        None, "accu_reward_method of the rows that name none, one per data file, ':' between them."
+    )
+    eval_data_file_paths: str | None = _option(None, "Like data_file_paths, for evaluation.")
+    eval_image_folders: str | None = _option(None, "Like image_folders, for evaluation.")
+    val_split_ratio: float = _option(0.0, "Share of the training rows set apart for evaluation.")
+    task_type: str = _option("rec", "Question template: rec, ic, odLength or default.")
+    question_template: str | None = _option(
+        None, "Question template in full, with {Question} in it; overrides task_type."
+    )
+    verify_images: str = _option(
+        "header", "What is checked before training: header, decode (every pixel) or none."
+    )
+    max_image_pixels: int = _option(MAX_PIXELS, "Images with more pixels are set aside unread.")
+    min_pixels: int | None = _option(None, "Images are enlarged to at least this many pixels.")
+    max_pixels: int | None = _option(None, "Images are reduced to at most this many pixels.")
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["vlm_r1/iou", "vlm_r1/format_rec"],
+        metadata={"help": "Names known to fastgrpo.rewards, or package.module:function."},
+    )
+    reward_compat: str = _option(
+        "fixed", "'fixed', or 'upstream' to reproduce the published reward code, bugs included."
+    )
+    freeze_vision: bool = _option(False, "Do not train the vision tower.")
+    resume: bool = _option(True, "Continue from the newest complete checkpoint in output_dir.")
+    max_tokens: int | None = _option(None, "Longest packed row; default: the engine's own.")
+    backend: str | None = _option(None, "Attention implementation; default: the best available.")
+    self_check: bool = _option(True, "Compare the first micro-batch with TRL's own values.")
+    keep_groups: bool = _option(True, "Shuffle whole groups, not rows, between micro-batches.")
+    guard_rewards: bool = _option(True, "Keep running when a reward function fails.")
+    reward_timeout: float | None = _option(None, "Seconds a reward function may take per call.")
+    exact_zero_advantages: bool = _option(True, "Equal rewards in a group: advantages exactly 0.")
+    liger_kernels: bool = _option(False, "liger-kernel's layers (not its loss), CUDA only.")

@@ -77,10 +77,10 @@ class GroupLayout:
                 groups.append(group)
                 offset += length
         self.total = offset
-        tables = _tables(np.array(self.segments, dtype=np.int64), np.array(groups), offset)
-        keys = int(tables["cu_k"][-1])
+        keys = sum(end - start + p_end - p_start for start, end, p_start, p_end in self.segments)
         if keys >= 2**31:
             raise InputError(f"one packed row has {keys} keys, 2^31 at most; lower max_tokens")
+        tables = _tables(np.array(self.segments, dtype=np.int64), np.array(groups), offset)
         wide = ("kv_index", "keep_rows", "pred_index", "pred_rows", "tgt_rows", "completion_id")
         for name in _TABLES:
             table = tables[name]

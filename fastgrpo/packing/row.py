@@ -83,47 +83,48 @@ class PackedRow:
 
 
 def check_prompt(adapter, group: Group) -> None:
-    """`InputError` naming sample, tokens and features when placeholders and images disagree."""
-    allowed = adapter.family.images
-    known = {*allowed, "mm_token_type_ids", "attention_mask", "input_ids"}
-    for key in group.vision:
-        if key not in known:
-            what = "videos are not served" if "video" in key else f"expected {list(allowed)}"
-            raise InputError(f"{group.name}: vision[{key!r}] is not understood; {what}")
-    ids = group.prompt_ids
+    """`InputError` naming sample, tokens and features when ids or images do not fit the model."""
     vocabulary = adapter.core.get_input_embeddings().num_embeddings
-    for what, t in [("prompt_ids", ids)] + [
-        (f"completions[{i}]", c) for i, c in enumerate(group.completions)
-    ]:
-        if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < vocabulary:
-            raise InputError(f"{group.name}: {what} has an id outside [0, {vocabulary})")
-    if not allowed:
-        if any(key in group.vision for key in ("pixel_values", "image_grid_thw")):
+    names = ["prompt_ids"] + [f"completions[{i}]" for i in range(len(group.completions))]
+    for name, ids in zip(names, [group.prompt_ids, *group.completions], strict=True):
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise InputError(f"{group.name}: {name} has an id outside [0, {vocabulary})")
+    wanted = adapter.family.images
+    given = [key for key in group.vision if key not in ("mm_token_type_ids", "attention_mask")]
+    if not wanted:
+        if given:
             raise InputError(f"{group.name}: images given to text model {adapter.family.name!r}")
         return
+    for key in given:
+        if key not in wanted:
+            why = "videos are not served" if "video" in key else f"expected {list(wanted)}"
+            raise InputError(f"{group.name}: vision[{key!r}] is not understood; {why}")
     image, video = adapter.placeholders
-    if bool((ids == video).any()):
+    if bool((group.prompt_ids == video).any()):
         raise InputError(f"{group.name}: prompt_ids has video placeholders; videos are not served")
-    missing = [key for key in allowed if key not in group.vision]
-    if 0 < len(missing) < len(allowed):
-        raise InputError(f"{group.name}: vision lacks {missing[0]!r}")
-    runs = _runs(ids == image)
-    if missing:
-        if runs:
-            raise InputError(
-                f"{group.name}: prompt_ids has {sum(runs)} image tokens, vision has no images"
-            )
-        return
-    grid = group.vision["image_grid_thw"]
+    runs = _runs(group.prompt_ids == image)
+    if given:
+        _check_images(group, wanted, runs, adapter.merge)
+    elif runs:
+        raise InputError(
+            f"{group.name}: prompt_ids has {sum(runs)} image tokens, vision has no images"
+        )
+
+
+def _check_images(group: Group, wanted: Sequence[str], runs: list[int], merge: int) -> None:
+    for key in wanted:
+        if key not in group.vision:
+            raise InputError(f"{group.name}: vision lacks {key!r}")
+    grid, pixels = group.vision["image_grid_thw"], group.vision["pixel_values"]
     if grid.ndim != 2 or grid.shape[1] != 3:
         raise InputError(f"{group.name}: image_grid_thw must be (n, 3), not {tuple(grid.shape)}")
-    patches = int(grid.prod(1).sum())
-    if patches != group.vision["pixel_values"].shape[0]:
+    patches = grid.prod(1)
+    if int(patches.sum()) != len(pixels):
         raise InputError(
-            f"{group.name}: image_grid_thw counts {patches} patches, pixel_values has "
-            f"{group.vision['pixel_values'].shape[0]}"
+            f"{group.name}: image_grid_thw counts {int(patches.sum())} patches, pixel_values has "
+            f"{len(pixels)}"
         )
-    features = (grid.prod(1) // adapter.merge**2).tolist()
+    features = (patches // merge**2).tolist()
     if runs != features:
         raise InputError(
             f"{group.name}: image tokens and image features do not match: prompt_ids has "

@@ -1,0 +1,165 @@
+"""Attention over packed rows: backends against the oracle, the vision tower's, and the switch."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import fastgrpo as fg
+from fastgrpo import attention
+from fastgrpo.attention.registry import get_backend
+from fastgrpo.attention.vision import block_attention
+from fastgrpo.packing import GroupLayout
+from fastgrpo.testing import models as tm
+
+pytestmark = pytest.mark.engine
+
+ROWS = {
+    "one_group": [(7, [5, 1, 9])],
+    "prompt_of_one": [(1, [1, 1])],
+    "no_completion": [(4, [])],
+    "empty_completion": [(3, [0, 2, 0])],
+    "many": [(17, [3, 33]), (1, [2]), (64, [64, 1, 65]), (5, [])],
+    "many_tiny": [(2, [1, 2])] * 12,
+}
+
+
+def qkv(total, heads, kv_heads, dim, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(total, h, dim, generator=generator, dtype=torch.float64).to(dtype)
+        for h in (heads, kv_heads, kv_heads)
+    ]
+
+
+def attend(name, inputs, layout, window=None):
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = get_backend(name).attend(*inputs, layout, scale=0.3, window=window)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return out.detach(), torch.autograd.grad((out * weight).sum(), inputs)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("heads, kv_heads", ((4, 4), (4, 2), (7, 1)))
+@pytest.mark.parametrize("window", (None, 4))
+def test_kvgather_equals_dense(row, heads, kv_heads, window):
+    layout = GroupLayout(ROWS[row])
+    inputs = qkv(layout.total, heads, kv_heads, 8)
+    want, want_grads = attend("dense", inputs, layout, window)
+    got, got_grads = attend("kvgather", inputs, layout, window)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+def test_dense_equals_each_sequence_alone():
+    """The oracle itself: a completion's rows equal causal attention over prompt + completion."""
+    layout = GroupLayout(ROWS["many"])
+    q, k, v = qkv(layout.total, 2, 2, 8)
+    out = get_backend("dense").attend(q, k, v, layout, scale=0.3)
+    for start, end, prefix_start, prefix_end in layout.segments:
+        rows = torch.cat([torch.arange(prefix_start, prefix_end), torch.arange(start, end)])
+        x, y, z = (t[rows].transpose(0, 1) for t in (q, k, v))
+        want = scaled_dot_product_attention(x, y, z, is_causal=True, scale=0.3).transpose(0, 1)
+        torch.testing.assert_close(out[start:end], want[prefix_end - prefix_start :])
+
+
+def test_kvgather_sums_prompt_gradients_in_float32():
+    """G bfloat16 gradients into one prompt: the sum is as good as its own rounding."""
+    layout = GroupLayout([(8, [4] * 32)])
+    exact = qkv(layout.total, 2, 2, 16)
+    low = [x.bfloat16() for x in exact]
+    _, want = attend("kvgather", [x.double() for x in low], layout)
+    _, got = attend("kvgather", low, layout)
+    for a, b in zip(got[1:], want[1:], strict=True):
+        error = (a[:8].double() - b[:8]).norm() / b[:8].norm()
+        assert error <= 8e-3
+
+
+@pytest.mark.parametrize("lengths", ([6], [4, 4, 4], [1, 5, 1, 3, 5], [64, 1]))
+def test_vision_blocks_equal_a_loop(lengths):
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    inputs = [x.requires_grad_() for x in qkv(sum(lengths), 3, 3, 8)]
+    got = block_attention(*inputs, bounds, scale=0.2)
+    want = torch.cat(
+        [
+            scaled_dot_product_attention(
+                *(x[a:b].transpose(0, 1) for x in inputs), scale=0.2
+            ).transpose(0, 1)
+            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+    )
+    torch.testing.assert_close(got, want)
+    weight = torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad((got * weight).sum(), inputs),
+        torch.autograd.grad((want * weight).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("family", tm.FAMILIES)
+@pytest.mark.parametrize("original", ("sdpa", "eager"))
+def test_install_delegates_and_uninstall_restores(family, original):
+    model = tm.tiny_model(family)
+    model.set_attn_implementation(original)
+    (group,) = tm.synthetic_groups(model, [(((4, 6), (8, 8)), 5, (6,))])
+    inputs = tm.forward_inputs(model, group, group.completions[0])
+    want = model(**inputs).logits
+    attention.install(model)
+    assert attention.is_installed(model)
+    attention.install(model)  # twice is once
+    torch.testing.assert_close(model(**inputs).logits, want, atol=1e-5, rtol=0)
+    attention.uninstall(model)
+    assert not attention.is_installed(model)
+    for config in (model.config, *(getattr(model.config, k) for k in model.config.sub_configs)):
+        assert config._attn_implementation == original
+    assert torch.equal(model(**inputs).logits, want)
+
+
+def test_a_padded_batch_still_works_after_install():
+    model = tm.tiny_model("qwen2")
+    ids = torch.randint(0, 90, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    want = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+    attention.install(model)
+    got = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("family", tm.VLM_FAMILIES)
+def test_tower_makes_one_attention_call_per_block(family, monkeypatch):
+    from fastgrpo.attention import registry
+
+    calls = []
+    real = registry.vision_attention
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(registry, "vision_attention", counted)
+    monkeypatch.setattr(registry, "_fallbacks", {})  # registers anew, with the counter
+    model = tm.tiny_model(family)
+    fg.score(model, tm.synthetic_groups(model), self_check=False)
+    assert len(calls) == model.config.vision_config.depth
+
+
+def test_what_a_layout_cannot_express_is_refused():
+    model = tm.tiny_model("qwen2")
+    attention.install(model)
+    layout = GroupLayout([(3, [2])])
+    ids = torch.randint(0, 90, (1, 5))
+    with pytest.raises(fg.InputError, match="attention_mask"):
+        model(input_ids=ids, attention_mask=torch.ones(1, 1, 5, 5, dtype=bool), fg_layout=layout)
+    with pytest.raises(fg.InputError, match="batch 1 and 5 tokens"):
+        model(input_ids=ids.expand(2, -1), fg_layout=layout)
+    with pytest.raises(fg.InputError, match="batch 1 and 5 tokens"):
+        model(input_ids=ids[:, :4], fg_layout=layout)
+
+
+def test_backend_names():
+    assert attention.choose_backend(None, torch.device("cpu"), torch.float32, 64) == "kvgather"
+    with pytest.raises(fg.InputError, match="backend must be one of .*dense"):
+        attention.choose_backend("fast", torch.device("cpu"), torch.float32, 64)

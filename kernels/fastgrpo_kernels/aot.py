@@ -23,6 +23,7 @@ from triton.errors import TritonError
 
 MODULES = (
     "offset_exp",
+    "token_kl",
     "grpo_loss",
     "linear_kl",
     "group_advantages",
@@ -38,22 +39,25 @@ class KernelSpec:
 
     kernel: the `@triton.jit` function (heuristics and autotune wrappers are unwrapped).
     signature: run-time arguments by name, e.g. {"x_ptr": "*bf16", "n": "i32", "scale": "fp32"};
-        "i32:16" is an integer known to be divisible by 16, as Triton finds out at launch.
+        "i32:16" is an integer known to be divisible by 16, as Triton finds out at launch;
+        a named tuple of types describes a named tuple of numbers.
     constexprs: every other argument by name; an absent optional tensor is `"bias_ptr": None`.
     hot: the kernel is on the step's critical path, so a register spill is a failure.
     matmul: the kernel multiplies matrices, so the absence of tensor-core instructions is a failure.
     label: tells variants of one kernel apart in the report.
+    archs: the architectures launched with this configuration; empty means all.
     options: further compiler options the launcher passes, e.g. {"enable_fp_fusion": False}.
     """
 
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
     hot: bool = True
     matmul: bool = False
     label: str = ""
+    archs: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -83,12 +87,12 @@ def jit_function(kernel: Any) -> triton.runtime.JITFunction:
     return kernel
 
 
-def collect(modules: tuple[str, ...] = MODULES) -> list[KernelSpec]:
-    """The specs of all kernel modules, in the order of `MODULES`."""
+def collect(arch: str, modules: tuple[str, ...] = MODULES) -> list[KernelSpec]:
+    """The specs of all kernel modules for an architecture, in the order of `MODULES`."""
     specs: list[KernelSpec] = []
     for stem in modules:
         specs += importlib.import_module(f"fastgrpo_kernels.{stem}").aot_specs()
-    return specs
+    return [spec for spec in specs if not spec.archs or arch in spec.archs]
 
 
 def compile_spec(spec: KernelSpec, arch: str) -> Any:
@@ -100,11 +104,14 @@ def compile_spec(spec: KernelSpec, arch: str) -> Any:
     missing = set(kernel.arg_names) - set(spec.signature) - set(spec.constexprs)
     assert not missing, f"{spec.name}: no type for {sorted(missing)}"
     types = {name: spec.signature.get(name, "constexpr") for name in kernel.arg_names}
-    signature = {name: kind.removesuffix(":16") for name, kind in types.items()}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, kind in enumerate(types.values())
-        if kind.startswith("*") or kind.endswith(":16")
+        if isinstance(kind, str) and (kind.startswith("*") or kind.endswith(":16"))
+    }
+    signature = {
+        name: kind.removesuffix(":16") if isinstance(kind, str) else kind
+        for name, kind in types.items()
     }
     source = ASTSource(kernel, signature, constexprs=dict(spec.constexprs), attrs=aligned)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}

@@ -76,6 +76,17 @@ def test_gate_scales_by_perception_and_names_groups_to_skip():
         fa.gate_advantages(torch.ones(3), torch.ones(4), [2, 2])
 
 
+def test_paired_gate_joins_the_two_rollouts_of_a_question():
+    nan = torch.nan
+    got = fa.paired_gate(
+        torch.ones(6),
+        torch.tensor([0.2, 0.4, 0.0, 1.0, 0.0, nan]),
+        ["a", "a", "b", "a", "b", "c"],
+        [True, True, True, False, False, False],
+    )
+    torch.testing.assert_close(got, torch.tensor([0.1, 0.1, 0.1, 0.3, 0.0, 1.0]))
+
+
 def test_online_filter():
     rewards = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0, 1.0, torch.nan, torch.nan, torch.nan, 1.0])
     kept = fa.keep_groups(rewards, [2, 2, 2, 2, 2], low=0.01, high=0.99)

@@ -7,6 +7,7 @@ from fastgrpo.advantages.groups import (
     keep_groups,
     majority_answer,
     majority_vote_rewards,
+    paired_gate,
     trust_weighted_rewards,
 )
 from fastgrpo.advantages.perception import (

@@ -122,6 +122,34 @@ def gate_advantages(
     return advantages * scale, mean > 0
 
 
+def paired_gate(
+    advantages: Tensor,
+    rewards: Tensor,
+    questions: Sequence,
+    is_gate: Sequence[bool],
+    *,
+    ceiling: float = 0.5,
+    gate_weight: float = 0.1,
+) -> Tensor:
+    """PEARL's objective J(A_r) + ``gate_weight`` J(A_p) for a batch that holds both rollouts.
+
+    Row i answers question ``questions[i]``; where ``is_gate[i]`` it answers the question's
+    perception checklist with reward R_p = ``rewards[i]``. Reasoning advantages are scaled by
+    min(mean R_p, ``ceiling``), 0 where that mean is 0; perception advantages by ``gate_weight``.
+    A question without scored perception rows keeps its advantages. (B,).
+    """
+    scored: dict[object, list[float]] = {}
+    for question, gate, reward in zip(questions, is_gate, rewards.tolist(), strict=True):
+        if gate and not math.isnan(reward):
+            scored.setdefault(question, []).append(reward)
+    means = {q: min(sum(r) / len(r), ceiling) for q, r in scored.items()}
+    factors = [
+        gate_weight if gate else means.get(question, 1.0)
+        for question, gate in zip(questions, is_gate, strict=True)
+    ]
+    return advantages * torch.tensor(factors, dtype=advantages.dtype, device=advantages.device)
+
+
 def keep_groups(
     rewards: Tensor, group_sizes: Sequence[int], *, low: float, high: float, inclusive: bool = False
 ) -> Tensor:

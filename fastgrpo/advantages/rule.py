@@ -31,6 +31,9 @@ class AdvantageRule:
     ``clamp`` bounds |A| (Perception-R1 of PR1 uses 1). ``filters``: a group is kept when *any* of
     them keeps it (PEARL keeps a prompt whose reasoning or perception rewards still vary), all
     groups when there is none. The rows of other groups get advantage 0 and leave the loss.
+
+    ``gate_column`` names a data column that is true on perception rows: the batch then holds
+    PEARL's two rollouts of each ``question_id``, and advantages go through ``paired_gate``.
     """
 
     aggregation: str = "sum_then_normalize"
@@ -39,6 +42,9 @@ class AdvantageRule:
     eps: float = 1e-4
     clamp: float | None = None
     filters: tuple[GroupFilter, ...] = ()
+    gate_column: str | None = None
+    gate_ceiling: float = 0.5
+    gate_weight: float = 0.1
 
     def __post_init__(self) -> None:
         for name, known in (

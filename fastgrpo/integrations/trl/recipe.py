@@ -6,9 +6,11 @@ Letters: B rows, C completion columns, F reward functions.
 from __future__ import annotations
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from fastgrpo.advantages import (
+    paired_gate,
     quantile_mask,
     sequence_mean,
     top_share_mask,
@@ -52,6 +54,7 @@ class RecipeTrainer(FastGRPOTrainer):
                 function.bind(self)
 
     def _generate_and_score_completions(self, inputs):
+        self._batch_rows = inputs
         output = super()._generate_and_score_completions(inputs)
         if self.rule is not None:
             self._apply_rule(output)
@@ -78,7 +81,7 @@ class RecipeTrainer(FastGRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._logps = result[0]
+        self._logps = result[0]  # what the loss of this micro-batch is made of
         return result
 
     def _apply_rule(self, output: dict) -> None:
@@ -88,6 +91,8 @@ class RecipeTrainer(FastGRPOTrainer):
         advantages, kept = self.rule(
             self._rewards.double(), self.reward_func_names, sizes, self.reward_weights.tolist()
         )
+        if self.rule.gate_column is not None:
+            advantages = self._gated(advantages)
         rows = len(output["advantages"])
         first = self.accelerator.process_index * rows
         local = slice(first, first + rows)
@@ -96,6 +101,21 @@ class RecipeTrainer(FastGRPOTrainer):
         dropped = (~kept).repeat_interleave(size)[local].to(output["completion_mask"].device)
         if not kept.all():
             self._drop_rows(output, dropped)
+
+    def _gated(self, advantages: Tensor) -> Tensor:
+        columns = [(r["question_id"], r[self.rule.gate_column]) for r in self._batch_rows]
+        questions, is_gate = zip(*gather_object(columns), strict=True)
+        weights = self.reward_weights.to(self._rewards)
+        total = (self._rewards * weights).nansum(1)
+        total[self._rewards.isnan().all(1)] = torch.nan
+        return paired_gate(
+            advantages,
+            total,
+            questions,
+            [bool(g) for g in is_gate],
+            ceiling=self.rule.gate_ceiling,
+            gate_weight=self.rule.gate_weight,
+        )
 
     def _drop_rows(self, output: dict, dropped: Tensor) -> None:
         """Rows that leave the loss: no token of theirs counts, in numerator or denominator."""

@@ -54,7 +54,9 @@ def _check_methods(trainer: GRPOTrainer, own: type) -> None:
             "accelerations of one trainer cannot be combined"
         )
     for name in OVERRIDDEN:
-        owner = next(cls for cls in type(trainer).__mro__ if name in vars(cls) and cls is not own)
+        # A subclass of ours overrides on purpose; anything between us and TRL would be replaced.
+        below = [cls for cls in type(trainer).__mro__ if not issubclass(cls, own)]
+        owner = next(cls for cls in below if name in vars(cls))
         function = inspect.unwrap(vars(owner)[name])
         patched = name in vars(trainer) or function.__module__ != "trl.trainer.grpo_trainer"
         if owner is not GRPOTrainer or patched:

@@ -1,0 +1,252 @@
+"""The recipe trainer: advantage rules, perception terms, rewards that work ahead."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from trl import GRPOConfig
+
+from fastgrpo import advantages as fa
+from fastgrpo.advantages.perception_rule import PerceptionRule
+from fastgrpo.advantages.rule import AdvantageRule, GroupFilter
+from fastgrpo.errors import InputError
+from fastgrpo.integrations.trl.recipe import PERTURBED, RecipeTrainer
+from fastgrpo.objective import KLTerm, Objective
+from fastgrpo.ops.grpo_loss import grpo_loss
+from fastgrpo.testing import models, processors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Qwen2.5-VL with its processor, on disk."""
+    path = tmp_path_factory.mktemp("model")
+    model = models.tiny_model("qwen2_5_vl")
+    model.save_pretrained(path)
+    processors.tiny_processor(model.config).save_pretrained(path)
+    return path
+
+
+def rows(count=8, **columns):
+    rng = np.random.RandomState(0)
+    return [
+        {
+            "prompt": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "7?"}]}
+            ],
+            "image": Image.fromarray(rng.randint(0, 256, (16, 24, 3), dtype=np.uint8)),
+            **{k: v[i] for k, v in columns.items()},
+        }
+        for i in range(count)
+    ]
+
+
+def length_reward(prompts, completions, **columns):
+    return [float(len(c[0]["content"]) % 3) for c in completions]
+
+
+def make(folder, tmp_path, data=None, reward=length_reward, rule=None, perception=None, **options):
+    settings = dict(
+        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4,
+        max_completion_length=6, max_steps=2, report_to="none", loss_type="bnpo", use_cpu=True,
+        top_k=0, disable_tqdm=True, gradient_checkpointing=False, bf16=False, learning_rate=1e-3,
+        model_init_kwargs={"dtype": "float32"}, logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    return RecipeTrainer(
+        model=str(folder),
+        reward_funcs=[reward],
+        args=GRPOConfig(**(settings | options)),
+        train_dataset=Dataset.from_list(data or rows()),
+        rule=rule,
+        perception=perception,
+    )
+
+
+def prepared(trainer):
+    """One micro-batch as the trainer would train on it."""
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    return trainer._prepare_inputs(batch)
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "dapo", "grpo", "dr_grpo", "luspo"])
+def test_papo_terms_equal_the_objective_on_packed_tokens(folder, tmp_path, loss_type):
+    rule = PerceptionRule(kl_coef=0.5, entropy_coef=0.03, perturbed_entropy_coef=0.04)
+    trainer = make(folder, tmp_path, perception=rule, loss_type=loss_type)
+    inputs = prepared(trainer)
+    logp_table = torch.zeros_like(inputs[PERTURBED])
+    trainer._logps = logp_table.requires_grad_()
+    total = trainer._perception_loss(trainer._logps, inputs)
+    total.backward()
+
+    mask = inputs["completion_mask"].bool()
+    seq_ids = mask.nonzero()[:, 0]
+    logp = torch.zeros(len(seq_ids), requires_grad=True)
+    other = inputs[PERTURBED][mask]
+    obj = Objective(
+        loss_type=loss_type, max_completion_length=trainer.max_completion_length, beta=0.0
+    )
+    terms = [KLTerm(other, -0.5, "k3", value_clamp=10.0)]
+    zero = torch.zeros(len(mask))
+    full = grpo_loss(
+        logp, zero, obj, seq_ids=seq_ids, kl_terms=terms, sampled_entropy_coef=0.03
+    ).loss
+    full.backward()
+    torch.testing.assert_close(trainer._logps.grad[mask], logp.grad, rtol=1e-5, atol=1e-8)
+    weights = trainer._token_weights(inputs, mask)[mask]
+    constant = 0.04 * (-other * weights).sum()
+    torch.testing.assert_close(total, full + constant, rtol=1e-5, atol=1e-7)
+
+
+def test_the_perturbed_pass_sees_other_pixels_of_the_same_size(folder, tmp_path):
+    rule = PerceptionRule(kl_coef=0.1, options={"patch_size": 4, "probability": 1.0})
+    inputs = prepared(make(folder, tmp_path, perception=rule))
+    assert inputs[PERTURBED].shape == inputs["completion_ids"].shape
+    trainer = make(folder, tmp_path, perception=rule)
+    ahead = prepared(trainer)
+    with torch.no_grad():
+        plain = trainer._policy_logps(ahead, ahead["pixel_values"])
+    mask = ahead["completion_mask"].bool()
+    assert (plain[mask] - ahead[PERTURBED][mask]).abs().max() > 1e-3
+
+
+def test_vppo_does_not_depend_on_the_micro_batch(folder, tmp_path):
+    rule = PerceptionRule(token_share=0.4, weight_minimum=0.9)
+    whole = prepared(make(folder, tmp_path, perception=rule, per_device_train_batch_size=8))
+    trainer = make(
+        folder, tmp_path, perception=rule, per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    prepared(trainer)
+    parts = trainer._buffered_inputs
+
+    total = sum(b["advantages"].sum() for b in parts)
+    torch.testing.assert_close(total, whole["advantages"].sum(), rtol=1e-5, atol=1e-6)
+    squares = sum(b["advantages"].square().sum() for b in parts)
+    torch.testing.assert_close(squares, whole["advantages"].square().sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_vppo_advantages_equal_the_packed_formula(folder, tmp_path):
+    rule = PerceptionRule(token_share=0.4, weight_minimum=0.9)
+    trainer = make(folder, tmp_path, perception=rule)
+    seen = {}
+    original = trainer._perceptual_advantages
+
+    def spy(output, old, perturbed):
+        seen.update(old=old, perturbed=perturbed, advantages=output["advantages"].clone())
+        seen["mask"] = output["completion_mask"].bool()
+        seen["result"] = original(output, old, perturbed)
+        return seen["result"]
+
+    trainer._perceptual_advantages = spy
+    prepared(trainer)
+    for row, mask in enumerate(seen["mask"]):
+        d = (seen["perturbed"][row][mask] - seen["old"][row][mask]).double()
+        s = (d.exp() - d - 1).clamp(0, 10)
+        kept = set(sorted(range(len(s)), key=lambda i: -s[i])[: int(np.ceil(0.4 * len(s)))])
+        nonzero = seen["result"][row][mask].nonzero()[:, 0].tolist()
+        assert set(nonzero) <= kept
+        if seen["advantages"][row] != 0:
+            assert len(nonzero) == len(kept)
+            ratio = seen["result"][row][mask][nonzero] / seen["advantages"][row]
+            assert (ratio - ratio[0]).abs().max() < 1e-6 and ratio[0] >= 0.9 - 1e-6
+
+
+def test_rule_replaces_advantages_and_drops_filtered_groups(folder, tmp_path):
+    def constant_for_first(prompts, completions, **columns):
+        return [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 3.0]
+
+    rule = AdvantageRule(
+        scale_rewards="none", baseline="leave_one_out",
+        filters=(GroupFilter("constant_for_first", 0.5, 1.0),),
+    )  # fmt: skip
+    trainer = make(folder, tmp_path, reward=constant_for_first, rule=rule)
+    inputs = prepared(trainer)
+    advantages = sorted(inputs["advantages"].tolist())
+    # the first group's mean 1 is not inside (0.5, 1); the second's mean is 1 too: both drop
+    assert advantages == [0.0] * 8 and not inputs["tool_mask"].any()
+    loss = trainer._compute_loss(trainer.model, inputs)
+    assert loss.item() == 0.0
+    loss.backward()
+    assert all(
+        p.grad is None or torch.equal(p.grad, torch.zeros_like(p.grad))
+        for p in trainer.model.parameters()
+    )
+
+
+def test_rule_without_filters_is_the_column_rule(folder, tmp_path):
+    def reward(prompts, completions, **columns):
+        return [1.0, 2.0, 4.0, 1.0, 0.0, 1.0, 0.0, 3.0]
+
+    rule = AdvantageRule(scale_rewards="none", baseline="leave_one_out", clamp=1.5)
+    inputs = prepared(make(folder, tmp_path, reward=reward, rule=rule))
+    values = torch.tensor([[1.0], [2.0], [4.0], [1.0], [0.0], [1.0], [0.0], [3.0]])
+    expected = fa.column_advantages(values, 4, scale_rewards="none", baseline="leave_one_out")
+    expected = expected.clamp(-1.5, 1.5)
+    assert sorted(inputs["advantages"].tolist()) == pytest.approx(sorted(expected.tolist()))
+    assert "tool_mask" not in inputs
+
+
+def test_gate_joins_perception_and_reasoning_rows(folder, tmp_path):
+    data = rows(2, question_id=["a", "a"], is_perception=[True, False])
+    order = []
+
+    def reward(prompts, completions, is_perception, **columns):
+        order.extend(is_perception)
+        gate, own = iter([0.0, 1.0, 0.0, 0.2]), iter([0.0, 1.0, 2.0, 3.0])
+        return [next(gate) if p else next(own) for p in is_perception]
+
+    rule = AdvantageRule(scale_rewards="none", gate_column="is_perception")
+    inputs = prepared(make(folder, tmp_path, data, reward, rule))
+    expected = [0.3 * x for x in (-1.5, -0.5, 0.5, 1.5)] + [
+        0.1 * x for x in (-0.3, 0.7, -0.3, -0.1)
+    ]
+    assert sorted(inputs["advantages"].tolist()) == pytest.approx(sorted(expected), abs=1e-6)
+
+
+def test_rewards_may_work_ahead_and_are_bound_once(folder, tmp_path):
+    calls = []
+
+    class Ahead:
+        __name__ = "ahead"
+
+        def prefetch(self, prompts, completions, **columns):
+            calls.append(("prefetch", [c[0]["content"] for c in completions], columns["tag"]))
+
+        def bind(self, trainer):
+            calls.append(("bind", trainer))
+
+        def __call__(self, prompts, completions, **columns):
+            calls.append(("call", [c[0]["content"] for c in completions]))
+            return [0.0] * len(completions)
+
+    trainer = make(folder, tmp_path, rows(8, tag=list("abcdefgh")), Ahead())
+    prepared(trainer)
+    kinds = [c[0] for c in calls]
+    assert kinds == ["bind", "prefetch", "call"]
+    assert calls[0][1] is trainer and calls[1][1] == calls[2][1]
+    assert len(set(calls[1][2])) == 2
+
+
+def test_training_with_all_terms_changes_the_weights(folder, tmp_path):
+    perception = PerceptionRule(
+        kl_coef={"kind": "linear", "start": 0.02, "end": 0.0}, entropy_coef=0.03,
+        perturbed_entropy_coef=0.03, kl_token_share=0.5, kl_ceiling=0.2, token_share=0.4,
+        weight_minimum=0.9, perturbation="noise",
+    )  # fmt: skip
+    trainer = make(folder, tmp_path, rule=AdvantageRule(), perception=perception, beta=0.01)
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    history = trainer.state.log_history
+    assert [h["fastgrpo/perception_kl_coef"] for h in history[:2]] == [0.02, 0.01]
+    assert all(np.isfinite(h["loss"]) for h in history[:2])
+    assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+
+
+def test_perception_without_images_is_refused(folder, tmp_path):
+    data = [{"prompt": [{"role": "user", "content": "7?"}]} for _ in range(8)]
+    trainer = make(folder, tmp_path, data, perception=PerceptionRule(kl_coef=0.1))
+    with pytest.raises(InputError, match="no images"):
+        prepared(trainer)

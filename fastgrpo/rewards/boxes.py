@@ -40,3 +40,19 @@ def iou_vlm_r1(a, b) -> float:
         inter = (right - left + 1) * (bottom - top + 1)
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
     return float(inter) / union
+
+
+def giou(a, b) -> float:
+    """IoU - (hull - union) / hull of two xyxy boxes; the IoU alone when the hull is empty."""
+    width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    inter = width * height
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
+    iou = inter / union if union > 0 else 0.0
+    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    return iou - (hull - union) / hull if hull > 0 else iou
+
+
+def ordered_box(box: Any) -> bool:
+    """Four finite numbers with x1 <= x2 and y1 <= y2."""
+    return finite_box(box) and box[0] <= box[2] and box[1] <= box[3]

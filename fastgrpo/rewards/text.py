@@ -5,6 +5,7 @@ Patterns run on RE2, which has no backtracking; everything that can be a `str.fi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -48,6 +49,49 @@ def between(text: str, start: str, end: str, *, last: bool = False) -> str | Non
 def answer(text: str, *, last: bool = False) -> str | None:
     """The content of the first (or last) `<answer>...</answer>`."""
     return between(text, "<answer>", "</answer>", last=last)
+
+
+def one_line_answer(text: str) -> str:
+    """The first `<answer>` that does not span lines, stripped, or the whole text without one."""
+    position = 0
+    while (opened := text.find("<answer>", position)) >= 0:
+        opened += len("<answer>")
+        closed = text.find("</answer>", opened)
+        if closed < 0:
+            break
+        if text.find("\n", opened, closed) < 0:
+            return text[opened:closed].strip()
+        position = opened
+    return text.strip()
+
+
+def open_answer(text: str) -> str | None:
+    """The first `<answer>`; where it is never closed, up to the next `<answer>` or the end."""
+    content = answer(text)
+    if content is None:
+        opened = text.find("<answer>")
+        if opened < 0:
+            return None
+        content = text[opened + len("<answer>") :].split("<answer>", 1)[0]
+    return content.strip()
+
+
+def think_answer(text: str) -> bool:
+    """The whole text is `<think>...</think> <answer>...</answer>`, as R1-style code tests it."""
+    whole = rf"<think>.*?</think>{SPACE}*<answer>.*?</answer>"
+    return pattern(whole).fullmatch(text) is not None
+
+
+def lone_letters(text: str, letters: str) -> list[str]:
+    """The capital `letters` of the upper-cased text with no ASCII letter beside them, in order."""
+    text = text.upper().strip()
+    found: dict[str, None] = {}
+    for i, char in enumerate(text):
+        if char in letters and not any(
+            n.isascii() and n.isalpha() for n in (text[i - 1 : i], text[i + 1 : i + 2])
+        ):
+            found[char] = None
+    return list(found)
 
 
 def fenced_json(text: str, *, last: bool = False) -> str | None:
@@ -132,3 +176,39 @@ def ngram_repetition(words: Sequence[Any], size: int) -> float:
     codes: dict[Any, int] = {}
     ids = [codes.setdefault(word, len(codes)) for word in words]
     return 1 - len(set(zip(*(ids[i:] for i in range(size)), strict=False))) / total
+
+
+def word_error_rate(reference: str, hypothesis: str) -> float:
+    """Word edits / words of the reference, as jiwer counts; 0 or 1 for an empty reference."""
+    from rapidfuzz.distance import Levenshtein
+
+    words = [_jiwer_words(side) for side in (reference, hypothesis)]
+    if not words[0]:
+        return float(bool(words[1]))
+    return Levenshtein.distance(*words) / len(words[0])
+
+
+def _jiwer_words(text: str) -> list[str]:
+    """Blanks separate words; two or more blanks of any kind count as one blank."""
+    text = pattern(rf"{SPACE}{SPACE}+").sub(" ", text)
+    return [word for word in text.strip().split(" ") if word]
+
+
+def rouge_mean(reference: str, hypothesis: str) -> float:
+    """Mean of the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L over lower-case ASCII words."""
+    from rapidfuzz.distance import LCSseq
+
+    words = [pattern("[a-z0-9]+").findall(side.lower()) for side in (reference, hypothesis)]
+    lengths = [len(side) for side in words]
+    common = LCSseq.similarity(*words) if all(lengths) else 0
+    overlap = [_ngram_f(*words, size=n) for n in (1, 2)]
+    return (sum(overlap) + _f_measure(common, *lengths)) / 3
+
+
+def _ngram_f(a: list[str], b: list[str], size: int) -> float:
+    grams = [Counter(zip(*(side[i:] for i in range(size)), strict=False)) for side in (a, b)]
+    return _f_measure((grams[0] & grams[1]).total(), grams[0].total(), grams[1].total())
+
+
+def _f_measure(common: int, a: int, b: int) -> float:
+    return 2 * common / (a + b) if common else 0.0

@@ -11,7 +11,7 @@ from typing import Any
 from fastgrpo.errors import InputError
 from fastgrpo.rewards.boxes import finite_box, iou_continuous, iou_vlm_r1
 from fastgrpo.rewards.registry import BadColumn, Unscorable, reward
-from fastgrpo.rewards.text import DIGIT, SPACE, answer, pattern
+from fastgrpo.rewards.text import DIGIT, SPACE, answer, pattern, think_answer
 
 SOURCE = "om-ai-lab/VLM-R1@90052f4"
 
@@ -142,8 +142,7 @@ def format_tags(text: str, *, compat: str) -> float:
     allowed, each tag may occur once only, and the answer must not be blank.
     """
     if compat == "upstream":
-        whole = rf"<think>.*?</think>{SPACE}*<answer>.*?</answer>"
-        return float(pattern(whole).fullmatch(text) is not None)
+        return float(think_answer(text))
     return float(think_then_answer(text) is not None)
 
 

@@ -20,6 +20,7 @@ from fastgrpo.rewards.text import (
     fenced_json,
     loads,
     ngram_repetition,
+    one_line_answer,
     pattern,
 )
 from fastgrpo.rewards.vlm_r1 import SOURCE
@@ -49,17 +50,6 @@ def _text_solution(solution: Any, upstream: bool) -> str:
     return str(solution)
 
 
-def _one_line_answer(text: str) -> str:
-    """The first `<answer>` that does not span lines, else the whole text (upstream's solution)."""
-    position = 0
-    while (opened := text.find("<answer>", position)) >= 0:
-        line = text[opened + 8 :].split("\n", 1)[0]
-        if "</answer>" in line:
-            return line[: line.index("</answer>")].strip()
-        position = opened + 8
-    return text.strip()
-
-
 def _tagged(text: str, upstream: bool, *, last: bool = False) -> str:
     content = answer(text, last=last)
     content = (text if content is None else content).strip()
@@ -68,7 +58,7 @@ def _tagged(text: str, upstream: bool, *, last: bool = False) -> str:
 
 def _truth(solution: str, upstream: bool) -> str:
     """ "upstream" reads the solution's tags only when they are on one line."""
-    return _one_line_answer(solution) if upstream else _tagged(solution, upstream, last=True)
+    return one_line_answer(solution) if upstream else _tagged(solution, upstream, last=True)
 
 
 @reward("vlm_r1/mcq", columns=("solution",), source=SOURCE)

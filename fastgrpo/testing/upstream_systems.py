@@ -1,0 +1,335 @@
+"""Recorded calls of the published systems other than VLM-R1; see `upstream`."""
+
+from __future__ import annotations
+
+import json
+
+from fastgrpo.testing.upstream import adapter, answered, one
+
+
+def _answer_of(text: str) -> str:
+    return f"<think>t</think><rethink>r</rethink><answer>{text}</answer>"
+
+
+@adapter("Visual-RFT", "accuracy_reward_iou + accuracy_reward_confidence")
+def visual_rft(inputs, compat="upstream"):
+    text = answered(str(inputs["pred"]))
+    solution = f"<answer>{inputs['gt']}</answer>"
+    settings = {"iou_threshold": inputs.get("iou_threshold", 0.5)}
+    return {
+        "iou_reward": one("visual_rft/iou", text, compat, settings, solution=solution),
+        "confidence_reward": one(
+            "visual_rft/confidence", text, compat, settings, solution=solution
+        ),
+        "math_verify_precheck_fired": _precheck(text, solution),
+    }
+
+
+def _precheck(text: str, solution: str) -> bool:
+    from fastgrpo.rewards import math_pool
+
+    return math_pool.equal(text, solution).equal
+
+
+@adapter("Visual-RFT", "grpo_lisa.accuracy_reward (GIoU+1)")
+def visual_rft_lisa(inputs, compat="upstream"):
+    solution = f"<answer> {inputs['gt']} </answer>"
+    return one("visual_rft/giou", answered(inputs["pred"]), compat, solution=solution)
+
+
+@adapter("V-Triune", "DetectionVerifier.verify_accuracy (DET_IOU_THRESHOLD=dynamic)")
+def v_triune_detection(inputs, compat="upstream"):
+    from fastgrpo.rewards import v_triune
+
+    text = f"<think>\nt\n</think>\n<answer>\n{json.dumps(inputs['pred'])}\n</answer>"
+    solution = f"<answer>{json.dumps(inputs['gt'])}</answer>"
+    ratio = inputs["det_reward_ratio"]
+    settings = {"step": inputs["step"], "total_steps": inputs["total_steps"], "ratio": ratio}
+    final = one("v_triune/detection", text, compat, settings, solution=solution)
+    said, truth = (v_triune.extract_boxes(v_triune._answer_of(t)) for t in (text, solution))
+    epsilon = v_triune.dynamic_threshold(inputs["step"], inputs["total_steps"])
+    parts = v_triune.detection_parts(
+        [said], [truth], [v_triune._weights(ratio)], (epsilon,), compat
+    )
+    penalty = float(parts["size_penalty"][0])
+    label_first, iou_first = parts["iou_max_label_first"][0], parts["iou_max_iou_first"][0]
+    return {
+        "final_score": final,
+        "size_penalty": penalty,
+        "pure_iou_score_max_label": float(label_first),
+        "pure_iou_score_max_iou": float(iou_first),
+        "weighted_iou_score_max_label": float(label_first * penalty),
+        "weighted_iou_score_max_iou": float(iou_first * penalty),
+        "pure_map_score": float(parts["map"][0]),
+        "pure_map50_score": float(parts["map50"][0]),
+        "pure_map75_score": float(parts["map75"][0]),
+        "format": one("v_triune/detection_format", text, compat),
+    }
+
+
+def _v_triune_matches(inputs, matches):
+    import numpy as np
+
+    from fastgrpo.rewards.detection import Detections, overlaps
+    from fastgrpo.rewards.v_triune import row_matrices
+
+    sides = [
+        Detections(
+            np.array([i["bbox_2d"] for i in side], dtype=np.float64).reshape(-1, 4),
+            [i["label"].lower() for i in side],
+        )
+        for side in (inputs["pred"], inputs["gt"])
+    ]
+    recorded = matches(*row_matrices(overlaps(sides[:1], sides[1:]), 0), inputs["iou_threshold"])
+    return [{"pred_idx": p, "gt_idx": g, "iou": iou} for p, g, iou in recorded]
+
+
+@adapter("V-Triune", "greedy_match_by_iou_max_iou_first")
+def v_triune_iou_first(inputs):
+    from fastgrpo.rewards.v_triune import last_pair_matches
+
+    return _v_triune_matches(inputs, last_pair_matches)
+
+
+@adapter("V-Triune", "greedy_match_by_iou_max_label_first")
+def v_triune_label_first(inputs):
+    from fastgrpo.rewards.v_triune import label_first_matches
+
+    return _v_triune_matches(inputs, label_first_matches)
+
+
+@adapter("V-Triune", "MathVerifyVerifier.verify_format / verify_accuracy")
+def v_triune_math(inputs, compat="upstream"):
+    return {
+        "format": one("v_triune/math_format", inputs["pred"], compat),
+        "accuracy": one("v_triune/math", inputs["pred"], compat, solution=inputs["solution"]),
+    }
+
+
+@adapter("Vision-R1", "precision_reward / recall_reward / dual_format_reward")
+def vision_r1(inputs, compat="upstream"):
+    items = [{"bbox_2d": box, "label": label} for label, box in inputs["pred"]]
+    text = json.dumps(items)
+    columns = {
+        "solution": json.dumps(inputs["gt"]),
+        "target_id_maps": json.dumps(inputs["target_id_map"]),
+        "num_instances": len(inputs["gt"]),
+    }
+    settings = {"step": inputs["step"]}
+    return {
+        "precision": one("vision_r1/precision", text, compat, settings, **columns),
+        "recall": one("vision_r1/recall", text, compat, settings, **columns),
+        "format": one("vision_r1/format", text, compat, num_instances=len(inputs["gt"])),
+    }
+
+
+@adapter("Perception-R1 (PR1)", "pr1_grounding_reward")
+def pr1_grounding(inputs, compat="upstream"):
+    solution = inputs["solution"]
+    return one("perception_r1/grounding", inputs["completion"], compat, solution=solution)
+
+
+@adapter("Perception-R1 (PR1)", "pr1_grounding_format_reward")
+def pr1_format(inputs, compat="upstream"):
+    return one("perception_r1/grounding_format", inputs["completion"], compat)
+
+
+@adapter("Perception-R1 (Xiao)", "extract_visual_scores -> visual reward")
+def xiao_visual(inputs, compat="upstream"):
+    from fastgrpo.rewards.perception_r1 import visual_scores
+
+    judgement = inputs["judge_output"]
+    return {
+        "scores": visual_scores(judgement),
+        "reward": one("perception_r1/visual", "", compat, judge_output=judgement),
+    }
+
+
+@adapter("Perception-R1 (Xiao)", "ngram_penalty_reward")
+def xiao_ngrams(inputs, compat="upstream"):
+    settings = {k: inputs[k] for k in ("ngram_size", "ngram_max_penalty")}
+    return one("perception_r1/ngram_penalty", inputs["text"], compat, settings)
+
+
+@adapter("Affordance-R1", "aff_r1_score_accuracy_reward")
+def affordance_accuracy(inputs, compat="upstream"):
+    given = inputs.get("thresholds", {})
+    names = {"iou>": "iou_above", "l1<": "l1_below", "point_dist<": "point_below"}
+    settings = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
+    text, solution = _answer_of(json.dumps(inputs["pred"])), json.dumps(inputs["gt"])
+    return one("affordance_r1/accuracy", text, compat, settings, solution=solution)
+
+
+@adapter("Affordance-R1", "aff_r1_score_format_reward")
+def affordance_format(inputs, compat="upstream"):
+    return one("affordance_r1/format", inputs["completion"], compat)
+
+
+@adapter("Affordance-R1", "aff_r1_score (total)")
+def affordance_total(inputs, compat="upstream"):
+    items = [{**item, "affordance": "grasp"} for item in inputs["pred"]]
+    settings = {"similarity": lambda words, word: inputs["word2vec_similarity_stub"]}
+    return one(
+        "affordance_r1/total",
+        _answer_of(json.dumps(items)),
+        compat,
+        settings,
+        solution=json.dumps(inputs["gt"]),
+        affordance="grasp",
+    )
+
+
+@adapter("SpatialLadder", "accuracy_reward (mca / na = mean relative accuracy)")
+def spatialladder_accuracy(inputs, compat="upstream"):
+    columns = {k: inputs[k] for k in ("answer", "accu_reward_method")}
+    return one("spatialladder/accuracy", inputs["completion"], compat, **columns)
+
+
+@adapter("SpatialLadder", "format_reward")
+def spatialladder_format(inputs, compat="upstream"):
+    return one("spatialladder/format", inputs["completion"], compat)
+
+
+def _curr_reft_stage(stage: int) -> None:
+    @adapter("Curr-ReFT", f"Stage{stage} iou_reward (accuracy) + format_reward")
+    def curr_reft(inputs, compat="upstream"):
+        columns = {k: inputs[k] for k in ("solution", "task")}
+        if stage == 2:
+            del columns["task"]
+        name = f"curr_reft/stage{stage}"
+        return {
+            "accuracy": one(name, inputs["completion"], compat, **columns),
+            "format": one("curr_reft/format", inputs["completion"], compat, task=inputs["task"]),
+        }
+
+
+for _stage in (1, 2, 3):
+    _curr_reft_stage(_stage)
+
+
+@adapter("Q-Insight", "score_reward + format_reward")
+def q_insight(inputs, compat="upstream"):
+    settings = {"score_reward_threshold": inputs["score_reward_threshold"]}
+    columns = {k: inputs[k] for k in ("solution", "task")}
+    return {
+        "accuracy": one("q_insight/score", inputs["completion"], compat, settings, **columns),
+        "format": one("q_insight/format", inputs["completion"], compat, task=inputs["task"]),
+    }
+
+
+@adapter("ViCrit", "score.relaxed_correctness")
+def vicrit(inputs, compat="upstream"):
+    columns = {k: inputs[k] for k in ("original_noun_phrase", "changed_noun_phrase")}
+    return one("vicrit/answer", inputs["response"], compat, **columns) > 0
+
+
+@adapter("RewardMap", "get_difficulty_weight")
+def rewardmap_weight(inputs):
+    from fastgrpo.rewards.rewardmap import difficulty_weight
+
+    return difficulty_weight(
+        inputs["type"], inputs["question_transfer_count"], inputs["difficulty_city"]
+    )
+
+
+@adapter("RewardMap", "get_detailed_reward_planning / reason_map_compute_score")
+def rewardmap_planning(inputs, compat="upstream"):
+    from fastgrpo.rewards.rewardmap import planning_detail
+
+    ends = inputs["metro"], inputs["station1"], inputs["station2"]
+    return {
+        "detail": planning_detail(inputs["answer"], *ends, inputs["transfers"], compat),
+        "score": one(
+            "rewardmap/total",
+            inputs["answer"],
+            compat,
+            solution=None,
+            type="planning",
+            difficulty_city=inputs["city"],
+            metro_data=inputs["metro"],
+            station1=inputs["station1"],
+            station2=inputs["station2"],
+            question_transfer_count=inputs["transfers"],
+        ),
+    }
+
+
+@adapter("RewardMap", "reason_map_compute_score")
+def rewardmap_question(inputs, compat="upstream"):
+    return one(
+        "rewardmap/total",
+        inputs["response"],
+        compat,
+        solution=inputs["ground_truth"],
+        type=inputs["type"],
+        difficulty_city=inputs["city"],
+    )
+
+
+@adapter("VRAG-RL", "ndcg")
+def vrag_ndcg(inputs, compat="upstream"):
+    columns = {"retrieved": inputs["retrieved_in_order"], "relevant": inputs["gold"]}
+    return one("vrag_rl/ndcg", "", compat, **columns)
+
+
+@adapter("3D-R1", "RewardFunctions.compute_format_reward")
+def three_d_format(inputs, compat="upstream"):
+    return one("three_d_r1/format", inputs["text"], compat)
+
+
+@adapter("3D-R1", "RewardFunctions.compute_3d_iou")
+def three_d_iou(inputs):
+    from fastgrpo.rewards.three_d_r1 import corners, iou_3d
+
+    return iou_3d(corners(inputs["box1"]), corners(inputs["box2"]))
+
+
+@adapter("3D-R1", "RewardFunctions.compute_perception_reward")
+def three_d_perception(inputs, compat="upstream"):
+    return one("three_d_r1/perception", inputs["text"], compat, gt_boxes=inputs["gt_boxes"])
+
+
+@adapter("Vision-SR1", "compute_score (self-reward)")
+def vision_sr1(inputs, compat="upstream"):
+    solution, described = inputs["ground_truth"], inputs["description_answer"]
+    columns = {"solution": solution, "description_answer": described}
+    settings = {"format_weight": inputs["format_weight"]}
+    text = inputs["predict"]
+    return {
+        "overall": one("vision_sr1/total", text, compat, settings, **columns),
+        "format": one("vision_sr1/format", text, compat),
+        "accuracy": one("vision_sr1/accuracy", text, compat, solution=solution),
+        # The published code tests the second pass untouched, without tightening its tags.
+        "description_format": one("vision_sr1/format", described, compat),
+        "description_accuracy": one("vision_sr1/description_accuracy", text, compat, **columns),
+    }
+
+
+@adapter("RM-R1", "answer_reward")
+def rm_r1(inputs, compat="upstream"):
+    return one("rm_r1/answer", inputs["solution_str"], compat, solution=inputs["label"])
+
+
+@adapter("UnifiedReward-Think", "accuracy_reward + format_reward")
+def unified(inputs, compat="upstream"):
+    text, solution = inputs["completion"], inputs["solution"]
+    return {
+        "accuracy": one("unifiedreward_think/accuracy", text, compat, solution=solution),
+        "format": one("unifiedreward_think/format", text, compat),
+    }
+
+
+@adapter("ARM-Thinker", "pair_rm_with_tool_reward_v8.compute_score")
+def arm_thinker(inputs, compat="upstream"):
+    return one("arm_thinker/score", inputs["response"], compat, solution=inputs["ground_truth"])
+
+
+def _sophiavl(kind: str) -> None:
+    @adapter("SophiaVL-R1", f"{kind}_compute_score")
+    def outcome(inputs, compat="upstream"):
+        solution = inputs["ground_truth"]
+        return one(f"sophiavl_r1/{kind}", inputs["predict"], compat, solution=solution)
+
+
+for _kind in ("math", "choices", "ocr", "free_form"):
+    _sophiavl(_kind)

@@ -20,7 +20,7 @@ void average_precision(const ApParams& p, int threads) {
                             int(p.gt_start[k + 1] - b),     p.thresholds,
                             p.num_thresholds, p.max_dets,   p.ranged,
                             p.low,        p.high};
-      const int64_t size = ApSpace::bytes(sample) / 8;
+      const int64_t size = ApSpace::bytes(sample.n, sample.m, p.max_dets, p.num_thresholds) / 8;
       if (int64_t(space.size()) < size) space.resize(size);
       run_best([&](auto) __attribute__((always_inline)) {
         average_precision(Serial{}, sample, space.data(), p.ap + k * p.num_thresholds);

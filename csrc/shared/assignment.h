@@ -73,7 +73,10 @@ template <class Lanes>
 FG_HD TwoBest two_best(const Lanes& g, const double* cost, const double* v, int m) {
   double first = kInfinity, second = kInfinity;
   FG_SIMD_MIN(first)
-  for (int j = g.lane; j < m; j += g.lanes) first = fmin(first, cost[j] - v[j]);
+  for (int j = g.lane; j < m; j += g.lanes) {
+    const double d = cost[j] - v[j];
+    first = d < first ? d : first;
+  }
   first = g.min(first);
   int col = m;
   FG_SIMD_MIN(col)
@@ -84,7 +87,9 @@ FG_HD TwoBest two_best(const Lanes& g, const double* cost, const double* v, int 
   col = g.min(col);
   FG_SIMD_MIN(second)
   for (int j = g.lane; j < m; j += g.lanes) {
-    second = fmin(second, j == col ? kInfinity : cost[j] - v[j]);
+    const double d = cost[j] - v[j];
+    const double other = j == col ? kInfinity : d;
+    second = other < second ? other : second;
   }
   return {first, g.min(second), col};
 }
@@ -135,9 +140,10 @@ FG_HD void augment(const Lanes& g, const double* cost, int m, int start, const A
     for (int j = g.lane; j < m; j += g.lanes) {
       const double d = row_cost[j] - s.w[j] + base;
       const bool shorter = d < s.key[j];
-      s.key[j] = shorter ? d : s.key[j];
+      const double key = shorter ? d : s.key[j];
+      s.key[j] = key;
       s.from[j] = shorter ? row : s.from[j];
-      reached = fmin(reached, s.key[j]);
+      reached = key < reached ? key : reached;
     }
     reached = g.min(reached);
     col = 2 * m;  // of the nearest columns one that nobody holds, if there is one
@@ -160,6 +166,7 @@ FG_HD void augment(const Lanes& g, const double* cost, int m, int start, const A
     }
     g.sync();
   }
+  g.sync();
   for (int j = g.lane; j < m; j += g.lanes) s.v[j] += fmin(s.dist[j] - reached, 0.0);
   if (g.lane == 0) {
     for (int held = col; held >= 0;) {

@@ -40,11 +40,9 @@ struct ApSpace {
   uint8_t* taken;    // (num_thresholds, m)
   int8_t* outcome;   // (num_thresholds, min(n, max_dets)): 1 hit, 0 miss, -1 does not count
 
-  static FG_HD int64_t bytes(const ApSample& p) {
-    const int64_t dets = p.n < p.max_dets ? p.n : p.max_dets;
-    const int64_t size = 8 * dets * p.m + 8 * int64_t(p.n) + 4 * int64_t(p.m) +
-                         p.num_thresholds * (p.m + dets);
-    return (size + 7) / 8 * 8;
+  static constexpr int64_t bytes(int64_t n, int64_t m, int64_t max_dets, int64_t num_thresholds) {
+    const int64_t dets = n < max_dets ? n : max_dets;
+    return (8 * dets * m + 8 * n + 4 * m + num_thresholds * (m + dets) + 7) / 8 * 8;
   }
   FG_HD ApSpace(void* memory, const ApSample& p) {
     const int64_t dets = p.n < p.max_dets ? p.n : p.max_dets;
@@ -72,9 +70,9 @@ FG_HD int collect(const Lanes& g, const int64_t* labels, int count, int64_t labe
   return size;
 }
 
-// The found predictions by falling score.
-#if defined(__CUDACC__)
-FG_HD void sort_by_score(const Warp& g, const ApSample& p, const int* found, int size, int* rank) {
+// The found predictions by falling score: every lane counts the places of its own.
+template <class Lanes>
+FG_HD void sort_by_score(const Lanes& g, const ApSample& p, const int* found, int size, int* rank) {
   for (int i = g.lane; i < size; i += g.lanes) {
     int place = 0;
     for (int j = 0; j < size; ++j) place += p.before(found[j], found[i]);
@@ -82,7 +80,7 @@ FG_HD void sort_by_score(const Warp& g, const ApSample& p, const int* found, int
   }
   g.sync();
 }
-#else
+#if !defined(__CUDACC__)
 inline void sort_by_score(const Serial&, const ApSample& p, const int* found, int size, int* rank) {
   std::copy(found, found + size, rank);
   std::sort(rank, rank + size, [&p](int a, int b) { return p.before(a, b); });

@@ -59,11 +59,6 @@ FG_HD T aspect(T w, T h) {
   return T(atan2((normal ? w : T(0)) / unit, (normal ? h : T(1)) / unit));
 }
 
-template <int kind>
-constexpr double lowest() {
-  return kind == kIou ? 0.0 : kind == kCiou ? -1.5 : -1.0;
-}
-
 template <int kind, int convention, class T>
 FG_HD T overlap(const Box<T>& a0, const Box<T>& b0) {
   const bool valid = is_box(a0) & is_box(b0);
@@ -105,7 +100,7 @@ FG_HD T overlap(const Box<T>& a0, const Box<T>& b0) {
       value = value - ratio(v, T(1) - iou + v) * v;
     }
   }
-  const T low = T(lowest<kind>());
+  const T low = kind == kIou ? T(0) : kind == kCiou ? T(-1.5) : T(-1);
   return valid ? least(most(value, low), T(1)) : low;
 }
 

@@ -82,6 +82,7 @@ FG_HD void match_greedy_rows(const Lanes& g, const Pairs<Score>& pairs, void* me
     int col = best_free(pairs, taken, i, g.lane, g.lanes, best);
     const double minus_best = g.min(col < 0 ? HUGE_VAL : -best);
     col = g.min(col >= 0 && -best == minus_best ? col : pairs.cols);
+    g.sync();
     if (g.lane == 0) {
       column[i] = col < pairs.cols ? col : -1;
       if (col < pairs.cols) taken[col] = 1;

@@ -24,7 +24,6 @@ struct Serial {
   FG_HD void sync() const {}
   FG_HD double min(double x) const { return x; }
   FG_HD int min(int x) const { return x; }
-  FG_HD int sum(int x) const { return x; }
 };
 #else
 struct Warp {
@@ -36,7 +35,6 @@ struct Warp {
     return x;
   }
   FG_HD int min(int x) const { return __reduce_min_sync(0xffffffffu, x); }
-  FG_HD int sum(int x) const { return __reduce_add_sync(0xffffffffu, x); }
 };
 #endif
 

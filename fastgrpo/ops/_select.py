@@ -19,7 +19,7 @@ _ORDER = {
     "box_iou": {},
     "pairwise_box_iou": {"cuda": ("triton",), "cpu": ("cpp",)},
     "match_boxes": {"cuda": ("cuda", "cpp"), "cpu": ("cpp",)},
-    "average_precision": {"cpu": ("cpp",)},
+    "average_precision": {"cuda": ("cuda", "cpp"), "cpu": ("cpp",)},
     "shared_prefix_attention": {"cuda": ("triton",)},
     "gather_rows": {"cuda": ("triton",), "cpu": ("torch",)},
 }
@@ -59,10 +59,12 @@ def why_not(op: str, impl: str, device: torch.device) -> str | None:
         if device.type != "cuda" and not _interpreting():
             return f"Triton kernels need a CUDA device, the tensors are on {device.type}"
         return _module_missing(_TRITON_MODULE.get(op, op))
-    if impl in ("cpp", "cuda"):
-        if (impl == "cuda") != (device.type == "cuda") and not (op == "match_boxes"):
-            return f"the {impl} kernel does not serve tensors on {device.type}"
-        return _extension_missing(_CPP_SYMBOL.get(op, op) + ("_cuda" if impl == "cuda" else ""))
+    if impl not in _ORDER[op].get(device.type, ()):
+        return f"the {impl} kernel does not serve tensors on {device.type}"
+    if impl == "cuda":
+        return importlib.import_module("fastgrpo_kernels._cuda").why_missing()
+    if impl == "cpp":
+        return _extension_missing(_CPP_SYMBOL.get(op, op))
     return None
 
 

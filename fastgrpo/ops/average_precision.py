@@ -48,6 +48,8 @@ def average_precision(
     (x2 - x1) * (y2 - y1) is outside counts neither as ground truth nor as a false positive, and a
     sample where no ground truth counts is -1.
 
+    impl: "reference", "cpp", "cuda"; None picks the fastest there is.
+
     Raises InputError for shapes, sizes or thresholds outside (0, 1] that do not fit.
     """
     pred_boxes, gt_boxes = as_boxes("pred_boxes", pred_boxes, 2), as_boxes("gt_boxes", gt_boxes, 2)
@@ -88,12 +90,16 @@ def average_precision(
             max_dets=max_dets,
             area_range=area_range,
         ).to(device)
+        return ap if per_threshold else ap.mean(1)
+    low, high = (None, None) if area_range is None else map(float, area_range)
+    sizes = [starts(s, torch.device("cpu")) for s in (pred_sizes, gt_sizes)]
+    if impl == "cuda":
+        from fastgrpo_kernels._cuda import average_precision as kernel
     else:
         from fastgrpo_kernels._cpp import average_precision as kernel
 
-        low, high = (None, None) if area_range is None else map(float, area_range)
-        pred_start, gt_start = starts(pred_sizes, device), starts(gt_sizes, device)
-        ap = kernel(*tensors, pred_start, gt_start, list(thresholds), max_dets, low, high)
+        tensors = [t.cpu() for t in tensors]
+    ap = kernel(*tensors, *sizes, list(thresholds), max_dets, low, high).to(device)
     return ap if per_threshold else ap.mean(1)
 
 

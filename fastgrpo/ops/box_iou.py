@@ -64,7 +64,7 @@ def pairwise_box_iou(
     a: (sum a_sizes, 4), b: (sum b_sizes, 4), samples after one another. Returns values
     (sum_s a_s * b_s,), each sample's (a_s, b_s) block row-major, and offsets (B + 1,) int64 where
     the blocks start. Values, dtypes, gradients and invalid boxes as in `box_iou`.
-    impl: "reference", "cpp" (CPU, no gradient), "triton" (CUDA); None picks the fastest that serves.
+    impl: "reference", "cpp" (CPU, no gradient), "triton" (CUDA); None picks the fastest there is.
     """
     check_choice("kind", kind, reference.KINDS)
     check_choice("convention", convention, reference.CONVENTIONS)

@@ -7,7 +7,7 @@ import torch
 from fastgrpo.checks import check_choice
 from fastgrpo.errors import InputError
 from fastgrpo.ops._boxes import as_sizes, check_same_samples, pair_counts, starts
-from fastgrpo.ops._select import select
+from fastgrpo.ops._select import select, why_not
 from fastgrpo.reference import match_boxes as reference
 
 
@@ -37,6 +37,7 @@ def match_boxes(
       "greedy_rows"  each row in the given order takes its best remaining column, of equal ones the
                      lowest: sort the rows by confidence for the usual detection matching.
 
+    impl: "reference" (scipy and loops), "cpp", "cuda"; None picks the fastest that serves.
     Computed in float64. Not differentiable. Raises InputError when sizes and scores disagree.
     """
     check_choice("method", method, reference.METHODS)
@@ -49,19 +50,42 @@ def match_boxes(
     scores = scores.detach()
     if scores.dtype not in (torch.float32, torch.float64):
         scores = scores.double()
-    impl = select("match_boxes", scores.device, impl)
+    impl = _choose(scores.device, method, [*a_sizes, *b_sizes], impl)
     if impl == "reference":
         return reference.match_boxes(
             scores, a_sizes, b_sizes, method=method, threshold=threshold, mask=mask
         )
+    a_start, b_start = (starts(sizes, pair_starts.device) for sizes in (a_sizes, b_sizes))
+    if impl == "cuda":
+        from fastgrpo_kernels._cuda import match_boxes as kernel
+
+        where = [t.to(scores.device) for t in (a_start, b_start, pair_starts)]
+        largest = (max(a_sizes, default=0), max(b_sizes, default=0))
+        return kernel(scores, mask, *where, sum(a_sizes), method, threshold, *largest)
     from fastgrpo_kernels._cpp import match_boxes as kernel
 
-    a_start, b_start = (starts(sizes, pair_starts.device) for sizes in (a_sizes, b_sizes))
     mask = None if mask is None else mask.cpu()
     columns = kernel(
         scores.cpu(), mask, a_start, b_start, pair_starts, sum(a_sizes), method, threshold
     )
     return columns.to(scores.device)
+
+
+def _choose(device: torch.device, method: str, sizes: list[int], impl: str | None) -> str:
+    chosen = select("match_boxes", device, impl)
+    if chosen == "cuda":
+        from fastgrpo_kernels._cuda import MAX_SIZE
+
+        if max(sizes, default=0) > MAX_SIZE[method]:
+            if impl is not None:
+                raise InputError(
+                    f"impl: 'cuda' matches at most {MAX_SIZE[method]} rows and columns by "
+                    f"method {method!r}, got {max(sizes)}"
+                )
+            return next(
+                i for i in ("cpp", "reference") if why_not("match_boxes", i, device) is None
+            )
+    return chosen
 
 
 def _check_pairs(scores, offsets, mask, starts: torch.Tensor) -> None:

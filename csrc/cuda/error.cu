@@ -1,0 +1,5 @@
+#include "launch.h"
+
+FG_API const char* fastgrpo_error(int status) {
+  return cudaGetErrorString(static_cast<cudaError_t>(status));
+}

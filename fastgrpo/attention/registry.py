@@ -33,10 +33,16 @@ class Backend(NamedTuple):
     unavailable: Callable[[torch.device, torch.dtype, int], str | None]
 
 
-# name -> module with `attend` and `unavailable`; imported on first use. In order of preference.
+# name -> module with `attend` and `unavailable`; imported on first use. In order of preference:
+# flash-attn before the own kernel until a measurement (bench_shared_prefix_attention) says
+# otherwise; xformers, which cannot do sliding windows, only when asked for.
 BACKENDS = {
+    "flash_attn": "fastgrpo.attention.flash_attn",
+    "triton": "fastgrpo.attention.triton",
+    "torch_varlen": "fastgrpo.attention.torch_varlen",
     "kvgather": "fastgrpo.attention.kvgather",
     "dense": "fastgrpo.attention.dense",
+    "xformers": "fastgrpo.attention.xformers",
 }
 
 

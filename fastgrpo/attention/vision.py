@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from fastgrpo.attention import flash_attn, torch_varlen
+from fastgrpo.attention.varlen import blocks
 
 
 def vision_attention(
@@ -16,6 +22,7 @@ def vision_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | Tensor | None = None,
     **kwargs,
 ):
     """The AttentionInterface function for a tower whose blocks pass `cu_seq_lens_q`.
@@ -24,7 +31,20 @@ def vision_attention(
     else. Returns (1, T, H, D) and None.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
-    return block_attention(q, k, v, cu_seq_lens_q, scale=scaling)[None], None
+    varlen = varlen_provider(q.device, q.dtype, q.shape[-1])
+    if varlen is None:
+        return block_attention(q, k, v, cu_seq_lens_q, scale=scaling)[None], None
+    longest = None if max_length_q is None else int(max_length_q)
+    return varlen(q, k, v, blocks(cu_seq_lens_q, longest), scaling)[None], None
+
+
+@functools.cache
+def varlen_provider(device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable | None:
+    """`attend_blocks` of the first library with a variable-length kernel for these inputs."""
+    for library in (flash_attn, torch_varlen):
+        if library.unavailable(device, dtype, head_dim) is None:
+            return library.attend_blocks
+    return None
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *, scale: float) -> Tensor:

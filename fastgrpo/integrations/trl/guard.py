@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from fastgrpo.errors import InputError
+
 logger = logging.getLogger(__name__)
 MAX_REWARD = torch.finfo(torch.float32).max
 
@@ -32,7 +34,8 @@ class RewardGuard:
     that raises, runs longer than `timeout` seconds or returns another number of rewards fails for
     all its samples; a value that is not a number, NaN, or beyond float32 fails for its own sample.
     Each (function, reason) is logged once; `take_counts` gives the samples failed per function
-    since it was last called. `KeyboardInterrupt` and `SystemExit` pass.
+    since it was last called. `InputError` passes (the call itself is wrong: a column is missing),
+    as do `KeyboardInterrupt` and `SystemExit`.
     """
 
     def __init__(self, timeout: float | None = None):
@@ -47,6 +50,8 @@ class RewardGuard:
         async def guarded_async(*args, **kwargs):
             try:
                 rewards = _listed(await asyncio.wait_for(function(*args, **kwargs), self.timeout))
+            except InputError:
+                raise
             except TimeoutError as error:
                 return self._fail_all(name, str(error) or self._limit(), kwargs)
             except Exception as error:
@@ -56,6 +61,8 @@ class RewardGuard:
         def guarded(*args, **kwargs):
             try:
                 rewards = _run_within(self.timeout, lambda: _listed(function(*args, **kwargs)))
+            except InputError:
+                raise
             except _TimeOut:
                 return self._fail_all(name, self._limit(), kwargs)
             except Exception as error:
@@ -109,10 +116,10 @@ class RewardGuard:
             value = value.item()
         if not isinstance(value, numbers.Real | np.bool_):
             self.count(name, f"returned {type(value).__name__}, not a number")
+        elif abs(value) > MAX_REWARD:  # before isnan, which cannot take a huge integer
+            self.count(name, "returned a value beyond float32")
         elif math.isnan(value):
             self.count(name, "returned NaN")
-        elif abs(value) > MAX_REWARD:
-            self.count(name, "returned a value beyond float32")
         else:
             return float(value)
         return None

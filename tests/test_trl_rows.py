@@ -1,0 +1,136 @@
+"""Unpadding TRL's rows, scattering back, and keeping groups together."""
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from fastgrpo import InputError  # noqa: E402
+from fastgrpo.integrations.trl.rows import (  # noqa: E402
+    as_groups,
+    plan_micro_batches,
+    read_rows,
+    scatter,
+)
+
+PAD = 9
+
+
+def batch(prompts, completions):
+    """Left-padded prompts, right-padded completions, and their mask."""
+    width, columns = (max(map(len, rows)) for rows in (prompts, completions))
+    ids, mask = [], []
+    for p, c in zip(prompts, completions, strict=True):
+        ids.append([PAD] * (width - len(p)) + p + c + [PAD] * (columns - len(c)))
+        mask.append([0] * (width - len(p)) + [1] * (len(p) + len(c)) + [0] * (columns - len(c)))
+    return torch.tensor(ids), torch.tensor(mask), columns
+
+
+def test_rows_are_cut_by_the_mask_not_by_the_pad_id():
+    prompts = [[1, PAD, 2], [PAD, PAD, 3, 4], [5]]
+    completions = [[PAD, 6], [7, PAD, PAD], []]
+    rows = read_rows(*batch(prompts, completions))
+    assert [p.tolist() for p in rows.prompts] == prompts
+    assert [c.tolist() for c in rows.completions] == completions
+    groups, members = as_groups(rows)
+    assert members == [0, 1]  # an empty completion is in no group
+    assert [g.prompt_ids.tolist() for g in groups] == prompts[:2]
+
+
+def test_a_truncated_completion_masked_by_trl_is_an_empty_one():
+    ids, mask, columns = batch([[1, 2], [1, 2]], [[3, 4, 5], [3, 4, 5]])
+    mask[1, 2:] = 0
+    _, members = as_groups(read_rows(ids, mask, columns))
+    assert members == [0]
+
+
+def test_a_hole_in_a_completion_is_refused():
+    ids, mask, columns = batch([[1, 2], [1, 2]], [[3, 4, 5], [3, 4, 5]])
+    mask[1, 3] = 0
+    with pytest.raises(InputError, match="row 1: .*hole"):
+        read_rows(ids, mask, columns)
+
+
+def test_vision_is_cut_by_images_per_row():
+    grids = torch.tensor([[1, 2, 2], [1, 4, 2], [1, 2, 6]])
+    pixels = torch.arange(24.0)[:, None]
+    rows = read_rows(
+        *batch([[1]] * 4, [[2]] * 4),
+        pixel_values=pixels,
+        image_grid_thw=grids,
+        num_images=[1, 0, 2, 0],
+    )
+    assert [v["pixel_values"].flatten().tolist() if v else None for v in rows.vision] == [
+        [0.0, 1.0, 2.0, 3.0],
+        None,
+        list(map(float, range(4, 24))),
+        None,
+    ]
+    assert rows.vision[2]["image_grid_thw"].tolist() == [[1, 4, 2], [1, 2, 6]]
+
+
+def test_a_batch_of_text_rows_with_empty_pixels_has_no_vision():
+    empty = dict(
+        pixel_values=torch.zeros(0, 3),
+        image_grid_thw=torch.zeros(0, 3, dtype=torch.long),
+        num_images=[0, 0],
+    )
+    assert read_rows(*batch([[1]] * 2, [[2]] * 2), **empty).vision == [{}, {}]
+
+
+def test_another_layout_of_pixels_and_images_of_a_tool_are_refused():
+    with pytest.raises(InputError, match="pixel_values"):
+        read_rows(*batch([[1]], [[2]]), pixel_values=torch.zeros(2, 3, 4, 4), num_images=[2])
+    with pytest.raises(InputError, match="tool"):
+        read_rows(*batch([[1]], [[2]]), mm_token_type_ids=torch.tensor([[0, 1]]))
+
+
+def test_scatter_puts_values_in_their_rows_zeros_elsewhere_and_passes_gradients():
+    rows = read_rows(*batch([[1]] * 4, [[2, 3], [], [4, 5, 6], [7]]))
+    _, members = as_groups(rows)
+    values = [torch.tensor(v, requires_grad=True) for v in ([1.0, 2.0], [3.0, 4.0, 5.0], [6.0])]
+    padded = scatter(values, members, rows)
+    assert padded.tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5], [6, 0, 0]]
+    weights = torch.arange(12.0).view(4, 3)
+    (padded * weights).sum().backward()
+    assert [v.grad.tolist() for v in values] == [[0, 1], [6, 7, 8], [9]]
+
+
+def test_scatter_of_nothing_is_zero():
+    rows = read_rows(*batch([[1], [2]], [[], []]))
+    assert scatter([], [], rows).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "groups, per_group, batches, whole",
+    [(4, 4, 2, True), (4, 4, 4, True), (4, 4, 8, False), (3, 4, 2, False), (6, 2, 3, True)],
+)
+def test_micro_batches_hold_each_row_once_and_whole_groups_where_they_fit(
+    groups, per_group, batches, whole
+):
+    group_of_row = [row // per_group for row in range(groups * per_group)]
+    order = list(range(len(group_of_row)))
+    random.Random(0).shuffle(order)
+    planned = plan_micro_batches(group_of_row, order, batches)
+    assert sorted(planned) == list(range(len(group_of_row)))
+    size = len(planned) // batches
+    chunks = [planned[i : i + size] for i in range(0, len(planned), size)]
+    split = sum(
+        len({c for c, rows in enumerate(chunks) for r in rows if group_of_row[r] == g}) > 1
+        for g in range(groups)
+    )
+    assert split == 0 if whole else split <= groups - (size // per_group) * batches
+    other = plan_micro_batches(group_of_row, sorted(order), batches)
+    assert whole is False or planned != other  # the order given decides which groups meet
+
+
+def test_groups_that_straddle_processes_are_planned_too():
+    group_of_row = [0, 0, 0, 1, 1, 1, 1, 2]  # this process has the end of 0 and the start of 2
+    planned = plan_micro_batches(group_of_row, [4, 0, 7, 1, 2, 3, 5, 6], 2)
+    assert sorted(planned) == list(range(8))
+    assert {frozenset(planned[:4]), frozenset(planned[4:])} == {
+        frozenset({3, 4, 5, 6}),
+        frozenset({0, 1, 2, 7}),
+    }

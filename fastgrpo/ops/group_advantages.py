@@ -48,7 +48,10 @@ def group_advantages(
         row = int(infinite.nonzero()[0, 0])
         raise InputError(f"rewards: row {row} is {float(rewards[row])}, expected finite or NaN")
     sizes = _sizes(group_sizes, len(rewards), rewards.device)
-    select("group_advantages", rewards.device, "reference" if impl is None else impl)
+    if select("group_advantages", rewards.device, impl) == "triton":
+        from fastgrpo_kernels.group_advantages import group_advantages as kernel
+
+        return kernel(rewards, sizes, scale_rewards, baseline, eps)
     ids = torch.arange(len(sizes), device=rewards.device)
     group_ids = torch.repeat_interleave(ids, sizes, output_size=len(rewards))
     out = reference(rewards, group_ids, len(sizes), scale_rewards, baseline, eps)

@@ -1,6 +1,7 @@
 """grpo_loss: every GRPO variant on packed per-token log-probs."""
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,7 @@ from fastgrpo.checks import check_tensor
 from fastgrpo.errors import InputError
 from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops._select import select
-from fastgrpo.reference.grpo_loss import Tokens, loss_terms, token_scales
+from fastgrpo.reference.grpo_loss import Scales, Tokens, loss_terms, token_scales
 from fastgrpo.reference.grpo_metrics import merge_stats, metric_names, metric_stats
 
 
@@ -84,7 +85,7 @@ def grpo_loss(
     """
     check_loss_inputs(logp, advantages, obj, seq_ids, mask, old_logp, ref_logp, rollout_logp)
     check_loss_extras(logp, obj, entropy, token_weights, kl_terms)
-    select("grpo_loss", logp.device, "reference" if impl is None else impl)
+    impl = select_loss(logp, impl)
     advantages, num_rows, per_sequence = resolve_advantages(advantages, seq_ids)
     t = Tokens(
         logp,
@@ -99,11 +100,39 @@ def grpo_loss(
         per_sequence,
     )
     scales = token_scales(obj, seq_ids, t.mask, num_rows, num_tokens, num_sequences, logp.dtype)
-    loss, terms = loss_terms(t, obj, num_rows, scales, kl_terms, sampled_entropy_coef)
     names = names_of(obj, ref_logp, rollout_logp, entropy, kl_terms)
-    detached = t._replace(logp=logp.detach())
-    stats = metric_stats(detached, obj, num_rows, terms, names)
+    evaluate = terms_and_stats(impl)
+    loss, stats = evaluate(t, obj, num_rows, scales, kl_terms, sampled_entropy_coef, names)
     return GRPOLoss(loss, logp.detach(), stats, tuple(names))
+
+
+def select_loss(logp: torch.Tensor, impl: str | None) -> str:
+    """The implementation that serves `logp`: the kernel computes in float32."""
+    if logp.dtype == torch.float64:
+        if impl == "triton":
+            raise InputError("impl: grpo_loss cannot run as 'triton': logp is float64")
+        impl = impl or "reference"
+    return select("grpo_loss", logp.device, impl)
+
+
+def terms_and_stats(impl: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The function that gives the loss of `Tokens` and its metric statistics."""
+    if impl == "triton":
+        return importlib.import_module("fastgrpo_kernels.grpo_loss").grpo_terms
+    return _reference_terms
+
+
+def _reference_terms(
+    t: Tokens,
+    obj: Objective,
+    num_rows: int,
+    scales: Scales,
+    kl_terms: Sequence[KLTerm],
+    sampled_entropy_coef: float,
+    names: list[str],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    loss, terms = loss_terms(t, obj, num_rows, scales, kl_terms, sampled_entropy_coef)
+    return loss, metric_stats(t._replace(logp=t.logp.detach()), obj, num_rows, terms, names)
 
 
 def names_of(

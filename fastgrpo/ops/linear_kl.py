@@ -3,6 +3,8 @@
 Letters: N rows, D hidden size, V vocabulary, C rows of a chunk.
 """
 
+import importlib
+
 import torch
 
 from fastgrpo.checks import check_positive, check_tensor
@@ -47,10 +49,14 @@ def linear_kl(
     check_positive("temperature", temperature)
     if sizes["V"] == 0:
         raise InputError("weight_p: expected at least one vocabulary row, got (0, D)")
-    impl = select("linear_kl", hidden_p.device, impl)
-    if impl == "reference":
+    if impl == "triton" and hidden_p.dtype == torch.float64:
+        raise InputError("impl: linear_kl cannot run as 'triton': the inputs are float64")
+    chosen = select("linear_kl", hidden_p.device, impl)
+    if chosen == "reference":
         return reference.linear_kl(hidden_p, weight_p, hidden_q, weight_q, temperature)
-    return _linear_kl(hidden_p, weight_p, hidden_q, weight_q, float(temperature), workspace_mb)
+    chosen = "torch" if hidden_p.dtype == torch.float64 else chosen
+    inputs = (hidden_p, weight_p, hidden_q, weight_q)
+    return _linear_kl(*inputs, float(temperature), workspace_mb, chosen)
 
 
 @torch.library.custom_op("fastgrpo::linear_kl", mutates_args=())
@@ -61,17 +67,21 @@ def _linear_kl(
     weight_q: torch.Tensor,
     temperature: float,
     workspace_mb: float | None,
+    impl: str,
 ) -> torch.Tensor:
-    pair = _Pair(hidden_p, weight_p, hidden_q, weight_q, temperature, workspace_mb)
+    pair = _Pair(hidden_p, weight_p, hidden_q, weight_q, temperature, workspace_mb, impl)
     kl = hidden_p.new_empty(len(hidden_p), dtype=pair.dtype)
     for rows, z_p, z_q in pair:
+        if impl == "triton":
+            kl[rows] = _kernels().kl_of_logits(z_p, z_q)
+            continue
         for part in pair.blocks(len(z_p)):
             kl[rows][part] = reference.kl_of_logits(z_p[part], z_q[part])
     return kl
 
 
 @_linear_kl.register_fake
-def _(hidden_p, weight_p, hidden_q, weight_q, temperature, workspace_mb):
+def _(hidden_p, weight_p, hidden_q, weight_q, temperature, workspace_mb, impl):
     dtype = torch.promote_types(hidden_p.dtype, torch.float32)
     return hidden_p.new_empty(hidden_p.shape[0], dtype=dtype)
 
@@ -86,45 +96,53 @@ def _linear_kl_backward(
     kl: torch.Tensor,
     temperature: float,
     workspace_mb: float | None,
+    impl: str,
     need: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = (hidden_p, weight_p, hidden_q, weight_q)
-    pair = _Pair(*inputs, temperature, workspace_mb)
+    pair = _Pair(*inputs, temperature, workspace_mb, impl)
     grads = [
         torch.zeros_like(x, dtype=pair.dtype) if n else x.new_empty(0, dtype=pair.dtype)
         for x, n in zip(inputs, need, strict=True)
     ]
     for rows, z_p, z_q in pair:
-        g = (dkl[rows] / temperature)[:, None]
-        for part in pair.blocks(len(z_p)):
-            _logit_gradients_(z_p[part], z_q[part], kl[rows][part, None], g[part])
+        g = dkl[rows] / temperature
+        if impl == "triton":
+            dtype = pair.weight_p.dtype
+            z_p, z_q = _kernels().logit_gradients_(z_p, z_q, kl[rows], g, dtype)
+        else:
+            for part in pair.blocks(len(z_p)):
+                _logit_gradients_(z_p[part], z_q[part], kl[rows][part, None], g[part, None])
         for i, dz, x, w in ((0, z_p, hidden_p, pair.weight_p), (2, z_q, hidden_q, pair.weight_q)):
             if need[i]:
-                torch.mm(dz, w, out=grads[i][rows])
+                pair.mm(dz, w, grads[i][rows], beta=0.0)
             if need[i + 1]:
-                grads[i + 1].addmm_(dz.t(), x[rows].to(pair.dtype))
+                pair.mm(dz.t(), x[rows].to(w.dtype), grads[i + 1], beta=1.0)
     return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
 @_linear_kl_backward.register_fake
-def _(dkl, hidden_p, weight_p, hidden_q, weight_q, kl, temperature, workspace_mb, need):
+def _(dkl, hidden_p, weight_p, hidden_q, weight_q, kl, temperature, workspace_mb, impl, need):
     inputs = (hidden_p, weight_p, hidden_q, weight_q)
     return tuple(x.new_empty(x.shape if n else 0) for x, n in zip(inputs, need, strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:4], output)
-    ctx.temperature, ctx.workspace_mb = inputs[4:]
+    ctx.options = inputs[4:]
 
 
 def _backward(ctx, dkl):
     need = list(ctx.needs_input_grad[:4])
-    scalars = (ctx.temperature, ctx.workspace_mb, need)
-    grads = _linear_kl_backward(dkl.contiguous(), *ctx.saved_tensors, *scalars)
-    return *(g if n else None for g, n in zip(grads, need, strict=True)), None, None
+    grads = _linear_kl_backward(dkl.contiguous(), *ctx.saved_tensors, *ctx.options, need)
+    return *(g if n else None for g, n in zip(grads, need, strict=True)), None, None, None
 
 
 _linear_kl.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _kernels():
+    return importlib.import_module("fastgrpo_kernels.linear_kl")
 
 
 def _logit_gradients_(
@@ -139,17 +157,24 @@ def _logit_gradients_(
 
 
 class _Pair:
-    """Chunks of both streams' logits: yields (rows, z_p, z_q), buffers used again."""
+    """Chunks of both streams' logits: yields (rows, z_p, z_q), buffers used again.
 
-    def __init__(self, hidden_p, weight_p, hidden_q, weight_q, temperature, workspace_mb) -> None:
+    bfloat16 matmuls accumulate and return float32; they need the kernels' bfloat16 gradients.
+    """
+
+    def __init__(
+        self, hidden_p, weight_p, hidden_q, weight_q, temperature, workspace_mb, impl
+    ) -> None:
         self.dtype = torch.promote_types(hidden_p.dtype, torch.float32)
-        self.half = hidden_p.dtype == torch.bfloat16 and hidden_p.device.type == "cuda"
+        cuda = hidden_p.device.type == "cuda"
+        self.half = hidden_p.dtype == torch.bfloat16 and cuda and impl == "triton"
         self.hidden_p, self.hidden_q, self.temperature = hidden_p, hidden_q, temperature
-        self.weight_p, self.weight_q = weight_p.to(self.dtype), weight_q.to(self.dtype)
+        dtype = torch.bfloat16 if self.half else self.dtype
+        self.weight_p, self.weight_q = weight_p.to(dtype), weight_q.to(dtype)
         N, V = len(hidden_p), len(weight_p)
         self.step = chunk_rows(2 * V, N, self.dtype.itemsize, workspace_mb)
         self.z_p, self.z_q = (hidden_p.new_empty(self.step, V, dtype=self.dtype) for _ in "pq")
-        self.block = max(1, (1 << 18) // V) if hidden_p.device.type == "cpu" else self.step
+        self.block = max(1, (1 << 18) // V) if not cuda else self.step
 
     def __iter__(self):
         for start in range(0, len(self.hidden_p), self.step):
@@ -158,8 +183,18 @@ class _Pair:
             yield rows, z_p, self._logits(self.hidden_q[rows], self.weight_q, self.z_q)
 
     def _logits(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        z = torch.mm(x.to(self.dtype), weight.t(), out=out[: len(x)])
+        z = out[: len(x)]
+        self.mm(x.to(weight.dtype), weight.t(), z, beta=0.0)
         return z if self.temperature == 1.0 else z.mul_(1.0 / self.temperature)
+
+    def mm(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, beta: float) -> None:
+        """out <- beta out + a b."""
+        if self.half:
+            torch.addmm(out, a, b, beta=beta, out_dtype=torch.float32, out=out)
+        elif beta:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
 
     def blocks(self, rows: int) -> list[slice]:
         """Rows whose softmax work stays in the cache."""

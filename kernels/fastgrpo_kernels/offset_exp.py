@@ -9,10 +9,10 @@ fixed order: results are bitwise reproducible and do not depend on the other row
 
 E may be stored as bf16 over the fp32 logits it comes from. Element j of E then lies on bytes
 [2j, 2j + 2) of the row and destroys logit j // 2. The block of columns [s, s + BLOCK) therefore
-overwrites logits [s / 2, (s + BLOCK) / 2), all below s + BLOCK: they were loaded by this block or by
-an earlier one of the same program. A barrier between the loads and the stores of each block makes
-that hold for all threads of the program, whatever their relative progress, and no other program
-touches the row.
+overwrites logits [s / 2, (s + BLOCK) / 2), all below s + BLOCK: they were loaded by this block or
+by an earlier one of the same program. A barrier between the loads and the stores of each block
+makes that hold for all threads of the program, whatever their relative progress, and no other
+program touches the row.
 
 Letters: C rows of a chunk, V vocabulary (of this shard).
 """

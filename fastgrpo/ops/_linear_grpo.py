@@ -20,8 +20,9 @@ import torch
 
 from fastgrpo.objective import Objective
 from fastgrpo.ops._head import Chunk, Gradients, Head, chunk_rows
-from fastgrpo.reference.grpo_loss import Scales, Tokens, loss_terms, token_scales
-from fastgrpo.reference.grpo_metrics import metric_names, metric_stats
+from fastgrpo.ops.grpo_loss import terms_and_stats
+from fastgrpo.reference.grpo_loss import Scales, Tokens, token_scales
+from fastgrpo.reference.grpo_metrics import metric_names
 
 
 class KLStream(NamedTuple):
@@ -100,14 +101,20 @@ def run(
         per_sequence,
     )
     scales = token_scales(obj, seq_ids, mask, num_rows, num_tokens, num_sequences, wide)
-    loss = _Loss(obj, tokens, scales, num_rows, streams, sampled)
-    grads = Gradients(head, hidden, tuple(need), into, into_scale)
-    clamped = _run_blocks(head, hidden, targets, inv_temperature, loss, grads, workspace_mb)
-    value, terms = loss_terms(tokens, obj, num_rows, scales, streams, sampled)
+    evaluate = terms_and_stats("triton" if impl == "triton" else "reference")
+    loss = _Loss(obj, tokens, scales, num_rows, streams, sampled, evaluate)
+    # Looking for overflow costs a host synchronisation per chunk: on a GPU only on a second try.
+    for safe in (True,) if into is not None or not hidden.is_cuda else (False, True):
+        grads = Gradients(head, hidden, tuple(need), into, into_scale)
+        clamped = _run_blocks(
+            head, hidden, targets, inv_temperature, loss, grads, workspace_mb, safe
+        )
+        if safe or not int(clamped):
+            break
     names = metric_names(
         obj, ref_logp is not None, rollout_logp is not None, entropy, len(kl_logps)
     )
-    stats = metric_stats(tokens, obj, num_rows, terms, names)
+    value, stats = evaluate(tokens, obj, num_rows, scales, streams, sampled, names)
     dhidden, dweight, dbias = grads.finish(weight.dtype)
     dbias = dbias if bias is None else dbias.to(bias.dtype)
     return value, stats, tokens.logp, dhidden, dweight, dbias, clamped
@@ -170,6 +177,7 @@ def _run_blocks(
     loss: "_Loss",
     grads: Gradients,
     workspace_mb: float | None,
+    safe: bool,
 ) -> torch.Tensor:
     """Fill in the log-probs of `loss.tokens` and the gradients; returns the overflow count."""
     tokens = loss.tokens
@@ -183,7 +191,7 @@ def _run_blocks(
     def chunk(rows: slice | torch.Tensor) -> tuple[Chunk, torch.Tensor, torch.Tensor, object]:
         x, y = head.rows(hidden, rows), targets[rows]
         inv_t = None if inv_temperature is None else inv_temperature[rows].to(head.acc_dtype)
-        c = head.chunk(x, y, inv_t, buffer, entropy)
+        c = head.chunk(x, y, inv_t, buffer, entropy, safe)
         tokens.logp[rows] = c.logp
         if entropy:
             tokens.entropy[rows] = c.entropy
@@ -240,8 +248,8 @@ def _blocks(
 class _Loss:
     """The loss of the call, and its gradient for rows that do not depend on the others."""
 
-    def __init__(self, obj, tokens, scales, num_rows, streams, sampled) -> None:
-        self.obj, self.tokens, self.scales = obj, tokens, scales
+    def __init__(self, obj, tokens, scales, num_rows, streams, sampled, evaluate) -> None:
+        self.obj, self.tokens, self.scales, self.evaluate = obj, tokens, scales, evaluate
         self.num_rows, self.streams, self.sampled = num_rows, streams, sampled
         self.coupled = obj.couples_tokens(tokens.rollout_logp is not None)
         self.global_statistic = obj.top_entropy_quantile < 1.0
@@ -262,7 +270,8 @@ class _Loss:
             if bonus:
                 leaves.append(t.entropy.detach().requires_grad_())
             t = t._replace(logp=leaves[0], entropy=leaves[1] if bonus else t.entropy)
-            loss, _ = loss_terms(t, self.obj, self.num_rows, scales, streams, self.sampled)
+            rest = (self.num_rows, scales, streams, self.sampled, ["policy_loss"])
+            loss, _ = self.evaluate(t, self.obj, *rest)
             grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
         return grads[0], grads[1] if bonus else None
 

@@ -10,8 +10,8 @@ from fastgrpo.errors import InputError
 
 # Fastest first. "reference" is the definition and serves every device.
 _ORDER = {
-    "linear_logprob": {"cuda": ("triton", "torch"), "cpu": ("torch", "cpp")},
-    "linear_grpo_loss": {"cuda": ("triton", "torch"), "cpu": ("torch", "cpp")},
+    "linear_logprob": {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
+    "linear_grpo_loss": {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
     "linear_kl": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
     "grpo_loss": {"cuda": ("triton",), "cpu": ()},
     "group_advantages": {"cuda": ("triton",), "cpu": ()},
@@ -21,7 +21,7 @@ _ORDER = {
     "match_boxes": {"cuda": ("cuda", "cpp"), "cpu": ("cpp",)},
     "average_precision": {"cuda": ("cuda", "cpp"), "cpu": ("cpp",)},
     "shared_prefix_attention": {"cuda": ("triton",)},
-    "gather_rows": {"cuda": ("triton",), "cpu": ("torch",)},
+    "gather_rows": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
 }
 # What each implementation needs inside `fastgrpo_kernels`, where it is not the op's own stem.
 _TRITON_MODULE = {

@@ -8,7 +8,6 @@ from fastgrpo.checks import check_tensor
 from fastgrpo.errors import InputError
 from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops._linear_grpo import encode_spec, linear_grpo_op, run, scaled
-from fastgrpo.ops._select import select
 from fastgrpo.ops.grpo_loss import (
     GRPOLoss,
     bool_mask,
@@ -17,7 +16,7 @@ from fastgrpo.ops.grpo_loss import (
     grpo_loss,
     resolve_advantages,
 )
-from fastgrpo.ops.linear_logprob import check_head, inverse_temperature
+from fastgrpo.ops.linear_logprob import check_head, inverse_temperature, select_head
 from fastgrpo.reference.grpo_metrics import metric_names
 from fastgrpo.reference.linear_logprob import IGNORE, linear_logprob
 
@@ -77,7 +76,7 @@ def linear_grpo_loss(
     weight = check_head(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, validate, process_group
     )
-    impl = select("linear_grpo_loss", hidden.device, impl)
+    impl = select_head("linear_grpo_loss", hidden, impl)
     _check_extras(obj, kl_terms, weight, dweight_into, process_group, impl)
     kept = bool_mask(mask, targets) & (targets != IGNORE)
     measure = with_entropy or obj.needs_entropy

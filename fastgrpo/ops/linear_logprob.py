@@ -75,7 +75,7 @@ def linear_logprob(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, validate, process_group
     )
     targets = targets.long()
-    impl = select("linear_logprob", hidden.device, impl)
+    impl = select_head("linear_logprob", hidden, impl)
     if impl == "reference":
         if process_group is not None:
             raise InputError("process_group: impl 'reference' has no vocabulary shards")
@@ -134,6 +134,15 @@ def _plan(
     return (
         "keep" if size <= (512.0 if workspace_mb is None else workspace_mb) * 2**20 else "recompute"
     )
+
+
+def select_head(op: str, hidden: torch.Tensor, impl: str | None) -> str:
+    """The implementation of a projection op: the kernels take float32 logits."""
+    if hidden.dtype == torch.float64:
+        if impl in ("cpp", "triton"):
+            raise InputError(f"impl: {op} cannot run as {impl!r}: hidden is float64")
+        impl = impl or "torch"
+    return select(op, hidden.device, impl)
 
 
 def check_head(

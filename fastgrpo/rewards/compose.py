@@ -123,6 +123,30 @@ class Gated(Composite):
         return self.gate_weight * gate + sum(w * r for w, r in zip(self.weights, row, strict=True))
 
 
+class Annotated(Composite):
+    """A reward that reads one more column, made for the whole batch at once.
+
+    ``annotate(prompts, completions, **columns) -> list`` fills ``column``: a judge's replies, say,
+    which the reward then parses (Perception-R1's ``judge_output``).
+    """
+
+    def __init__(self, reward: Callable, column: str, annotate: Callable, name: str | None = None):
+        super().__init__(name or reward.__name__, [reward])
+        self.column, self.annotate = column, annotate
+        self.columns = tuple(c for c in self.columns if c != column)
+
+    def __call__(self, prompts, completions, **columns):
+        """The inner reward with the column filled in."""
+        columns[self.column] = self.annotate(prompts=prompts, completions=completions, **columns)
+        return self.parts[0](prompts=prompts, completions=completions, **columns)
+
+    def prefetch(self, prompts: Sequence, completions: Sequence, **columns: Any) -> None:
+        """Start what fills the column, if it can work ahead."""
+        owner = getattr(self.annotate, "__self__", self.annotate)
+        if hasattr(owner, "prefetch"):
+            owner.prefetch(prompts, completions, **columns)
+
+
 class Relative(Composite):
     """A reward shaped against reference rewards of the same prompt, the PAR family.
 

@@ -73,7 +73,7 @@ def iou(
         return _upstream_iou(match.groups(), truth, family, image_grid_thw, size, patch_size)
     box = [float(number) for number in match.groups()]
     if size is not None:
-        box = _rescale(box, image_grid_thw, size, patch_size)
+        box = rescale(box, image_grid_thw, size, patch_size)
     if box[2] < box[0] or box[3] < box[1]:
         raise Unscorable("reversed_box")
     return iou_continuous(box, truth) if finite_box(box) else 0.0
@@ -84,7 +84,7 @@ def _upstream_iou(digits, truth, family, image_grid_thw, size, patch_size) -> fl
     try:
         box = [int(number) for number in digits]
         if size is not None:
-            box = _rescale(box, image_grid_thw, size, patch_size)
+            box = rescale(box, image_grid_thw, size, patch_size)
         return (iou_continuous if family == "glm" else iou_vlm_r1)(box, truth)
     except (ArithmeticError, ValueError, TypeError, IndexError, KeyError):
         return 0.0
@@ -120,7 +120,7 @@ def _size_of(image_path: Any, image: Any, images: Any) -> tuple[int, int] | None
     return image.size if image is not None else None
 
 
-def _rescale(box, image_grid_thw, size, patch_size: int) -> list[float]:
+def rescale(box, image_grid_thw, size, patch_size: int) -> list[float]:
     grid = image_grid_thw[0] if len(image_grid_thw) == 1 else image_grid_thw
     seen_height, seen_width = int(grid[1]) * patch_size, int(grid[2]) * patch_size
     width, height = size

@@ -191,30 +191,38 @@ def llm(text: str, *, solution, judge: Callable[[str, str], float] | None = None
     return float(said == truth)
 
 
-@reward("vlm_r1/length", optional=("completion_ids",), range=(0.5, 1.0), source=SOURCE,
-        presets={"vlm_r1/cosine": {}})  # fmt: skip
+@reward(
+    "vlm_r1/length",
+    optional=("completion_ids", "acc_reward"),
+    range=(-0.5, 1.0),
+    upstream_range=(0.5, 1.0),
+    source=SOURCE,
+    presets={"vlm_r1/cosine": {}},
+)
 def cosine_length(
     text: str,
     *,
     completion_ids=None,
-    tokenizer: Any = None,
     acc_reward: float | None = None,
+    tokenizer: Any = None,
     max_length: int = 1024,
     compat: str,
 ) -> float:
-    """max - (max - min) (1 - cos(pi L / max_length)) / 2 with (min, max) = (0.5, 1), L tokens.
+    """A cosine from 1 at length 0 to 0.5 at `max_length` tokens, from 0 to -0.5 for wrong answers.
 
-    L is the number of `completion_ids`, or of `tokenizer.encode(text)`.
+    at_zero - (at_zero - at_max) (1 - cos(pi L / max_length)) / 2, where L is the number of
+    `completion_ids` or of `tokenizer.encode(text)`. An answer is wrong when the row's `acc_reward`
+    is below 0.7; without that column all are right.
 
     Source: om-ai-lab/VLM-R1@90052f4, `cosine_reward`. "upstream": the accuracy is overwritten
     with 1, so wrong answers get the curve of right ones, and the curve rises again beyond
-    `max_length`. "fixed": the curve stays at 0.5 beyond `max_length`. For wrong answers use
-    `vlm_r1/cosine_accuracy`, which has the other branch.
+    `max_length`. "fixed": neither.
     """
     length = _num_tokens(text, completion_ids, tokenizer)
-    if compat == "fixed":
-        length = min(length, max_length)
-    return _cosine(length, max_length, 0.5, 1.0)
+    if compat == "upstream":
+        return _cosine(length, max_length, 0.5, 1.0)
+    wrong = acc_reward is not None and acc_reward < 0.7
+    return _cosine(min(length, max_length), max_length, *((-0.5, 0.0) if wrong else (0.5, 1.0)))
 
 
 def _num_tokens(text: str, completion_ids, tokenizer) -> int:

@@ -226,6 +226,8 @@ def read_solution(solution: Any) -> Detections:
         raise BadColumn(f"solution: {fault}") from None
     if None in gt.labels or not np.isfinite(gt.boxes).all():
         raise BadColumn("solution: an item lacks box or label")
+    if (gt.boxes[:, :2] > gt.boxes[:, 2:]).any():
+        raise BadColumn("solution: a box is reversed")
     return gt
 
 

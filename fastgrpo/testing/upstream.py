@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastgrpo import rewards
+from fastgrpo.ops.box_iou import box_iou
 from fastgrpo.rewards import text as text_module
 from fastgrpo.rewards.boxes import iou_vlm_r1
 from fastgrpo.rewards.vlm_r1_detection import detection_score, upstream_map
@@ -77,8 +78,10 @@ def vlm_r1_format(inputs, compat="upstream"):
 
 
 @adapter("VLM-R1", "grpo_jsonl.iou")
-def vlm_r1_iou(inputs):
-    return iou_vlm_r1(inputs["box1"], inputs["box2"])
+def vlm_r1_iou(inputs, compat="upstream"):
+    if compat == "upstream":
+        return iou_vlm_r1(inputs["box1"], inputs["box2"])
+    return box_iou([inputs["box1"]], [inputs["box2"]]).item()
 
 
 @adapter("VLM-R1", "grpo_jsonl.accuracy_reward")
@@ -93,7 +96,9 @@ def vlm_r1_accuracy(inputs, compat="upstream"):
 
 
 @adapter("VLM-R1", "grpo_jsonl.detection_score")
-def vlm_r1_detection_score(inputs):
+def vlm_r1_detection_score(inputs, compat="upstream"):
+    if compat == "fixed":
+        return one("vlm_r1/weighted_sum", inputs["content"], compat, solution=inputs["sol"])
     weights = {k: inputs[k] for k in ("iou_threshold", "alpha", "beta", "gamma") if k in inputs}
     return detection_score(inputs["content"], inputs["sol"], **weights)
 
@@ -116,7 +121,8 @@ def vlm_r1_repetition(inputs, compat="upstream"):
 @adapter("VLM-R1", "grpo_jsonl.cosine_reward", "cosine_reward (length)")
 def vlm_r1_cosine(inputs, compat="upstream"):
     tokens = inputs["gen_len"] if "gen_len" in inputs else inputs["gen_len_tokens"]
-    return one("vlm_r1/length", "", compat, completion_ids=range(tokens))
+    right = inputs["acc_reward"] if "acc_reward" in inputs else inputs["acc_reward_arg"]
+    return one("vlm_r1/length", "", compat, completion_ids=range(tokens), acc_reward=right)
 
 
 @adapter("VLM-R1", "grpo_jsonl.extract_choice")
@@ -158,3 +164,50 @@ def vlm_r1_map_and_length(inputs, compat="upstream"):
 @adapter("VLM-R1", "default_accuracy_reward")
 def vlm_r1_default(inputs, compat="upstream"):
     return one("vlm_r1/default", inputs["content"], compat, solution=inputs["solution"])
+
+
+# Evaluation scripts
+
+_INT = rf"({text_module.DIGIT}+)"
+_BLANK = f"{text_module.SPACE}*"
+_INTS = rf"\[{_INT},{_BLANK}{_INT},{_BLANK}{_INT},{_BLANK}{_INT}\]"
+_EVAL_BOXES = {"test_rec_r1": rf"\{{.*{_INTS}{_BLANK}.*\}}", "test_rec_r1_internvl": _INTS}
+
+
+def _eval_script(script: str, shape: str) -> None:
+    @adapter("VLM-R1", f"eval.{script}.extract_bbox_answer")
+    def extract_bbox_answer(inputs):
+        content = text_module.answer(inputs["content"])
+        found = content and text_module.pattern(shape).search(content)
+        return [int(number) for number in found.groups()] if found else [0, 0, 0, 0]
+
+
+for _script, _shape in _EVAL_BOXES.items():
+    _eval_script(_script, _shape)
+
+
+@adapter("VLM-R1", "eval.test_rec_baseline.extract_bbox_answer")
+def eval_baseline_box(inputs):
+    digit = text_module.DIGIT
+    number = rf"({_BLANK}-?{digit}*\.?{digit}+{_BLANK})"
+    gap = f",{_BLANK}"
+    shape = rf"\[{number}{gap}{number}{gap}{number}{gap}{number}\]"
+    found = text_module.pattern(shape).search(inputs["content"])
+    return [float(number) for number in found.groups()] if found else [0, 0, 0, 0]
+
+
+@adapter("VLM-R1", "eval.test_od_r1.extract_bbox_answer")
+def eval_first_box(inputs):
+    try:
+        block = text_module.fenced_json(inputs["content"])
+        return [json.loads(block.strip())[0]["bbox_2d"], False]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return [[0, 0, 0, 0], False]
+
+
+@adapter("VLM-R1", "eval.test_rec_r1.resize_bbox")
+def eval_resize(inputs):
+    from fastgrpo.rewards.vlm_r1 import rescale
+
+    grid, size = (1, inputs["input_height"], inputs["input_width"]), ("image_width", "image_height")
+    return rescale(inputs["bbox"], grid, [inputs[key] for key in size], 1)

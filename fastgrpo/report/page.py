@@ -1,0 +1,173 @@
+"""The report: one HTML page that needs no other file, and its curves as PNG beside it."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from fastgrpo.report.curves import CURVES, draw_curves
+from fastgrpo.report.pictures import boxes_of, thumbnail
+from fastgrpo.report.run import Run, read_run
+
+GROUPS_SHOWN = 3  # of the first and of the last logged step
+ROWS_SHOWN = 8  # of a group
+MAX_TEXT = 2000
+_WIDE = ' class="wide"'
+TITLES = {curve.name: curve.title for curve in CURVES} | {
+    "step_time": "Where a step's time goes, in seconds"
+}
+
+
+def write_report(run: Path | str, out: Path | str | None = None) -> Path:
+    """Writes `out`/report.html (default: RUN/report) and the curves as PNG; returns the page's
+    path.
+
+    What the run did not leave is named on the page. Model text is escaped; no resource is loaded
+    from anywhere. Raises InputError when the folder holds no run at all.
+    """
+    data = read_run(run)
+    folder = Path(out) if out is not None else data.folder / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = draw_curves(data)
+    for name, png in curves.items():
+        (folder / f"{name}.png").write_bytes(png)
+    template = Template((Path(__file__).parent / "page.html").read_text())
+    page = template.substitute(
+        title=escape(f"GRPO run: {data.folder.resolve().name}"),
+        subtitle=escape(_subtitle(data)),
+        tiles=_tiles(data),
+        notes=_notes(data),
+        curves=_curves(curves),
+        completions=_completions(data),
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _subtitle(run: Run) -> str:
+    if not run.history:
+        return "no training log"
+    steps = run.history[-1]["step"]
+    times = [entry["step_time"] for entry in run.history if entry.get("step_time") is not None]
+    pace = f", {sum(times) / len(times):.2f} s per step" if times else ""
+    return f"{steps} optimizer steps{pace}"
+
+
+def _tiles(run: Run) -> str:
+    tiles = []
+    if run.held_out:
+        before, after = run.held_out["before"], run.held_out["after"]
+        for key, label in (
+            ("sampled_iou", "held-out IoU, sampled at temperature 1"),
+            ("greedy_iou", "held-out IoU, greedy"),
+            ("sampled_format", "held-out, well-formed samples"),
+        ):
+            if key in before and key in after:
+                tiles.append((f"{before[key]:.3f} → {after[key]:.3f}", label))
+        tiles.append((f"{after['num_images']}", "held-out images"))
+    elif run.history:
+        first, last = run.history[0]["reward"], run.history[-1]["reward"]
+        tiles.append((f"{first:.3f} → {last:.3f}", "training reward, first and last logged"))
+    cells = "".join(
+        f'<div class="tile"><b>{escape(value)}</b><span class="soft">{escape(label)}</span></div>'
+        for value, label in tiles
+    )
+    return f'<div class="tiles">{cells}</div>' if cells else ""
+
+
+def _notes(run: Run) -> str:
+    if not run.missing:
+        return ""
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in run.missing)
+    return f'<div class="notes">Not in this report:<ul>{items}</ul></div>'
+
+
+def _curves(curves: dict[str, bytes]) -> str:
+    if not curves:
+        return ""
+    images = "".join(
+        f"<div{_WIDE if name == 'step_time' else ''}>{_image(png, TITLES[name])}</div>"
+        for name, png in curves.items()
+    )
+    return f'<h2>Curves</h2><div class="curves">{images}</div>'
+
+
+def _completions(run: Run) -> str:
+    if not run.completions:
+        return ""
+    parts = [
+        "<h2>Completions</h2>"
+        '<p class="soft">Boxes: <b class="truth">ground truth</b>, '
+        '<b class="predicted">prediction</b>. '
+        "The advantage says how a completion compares with the others of its group.</p>"
+    ]
+    for step, rows in groupby(run.completions, key=lambda row: row["step"]):
+        groups = [list(g) for _, g in groupby(rows, key=lambda row: _identity(row))]
+        for group in groups[:GROUPS_SHOWN]:
+            parts.append(f"<h3>Step {step}: {escape(_text(group[0]['prompt']))}</h3>")
+            parts.append(_table(run, group[:ROWS_SHOWN]))
+    return "".join(parts)
+
+
+def _identity(row: dict[str, Any]) -> tuple[str, str]:
+    """Rows of one group stand together and share prompt and image."""
+    return _text(row["prompt"]), str(row.get("image_path"))
+
+
+def _table(run: Run, rows: list[dict[str, Any]]) -> str:
+    names = run.reward_names
+    heads = "".join(f'<th class="number">{escape(name)}</th>' for name in (*names, "advantage"))
+    body = "".join(_row(row, names) for row in rows)
+    return f"<table><tr><th>image</th><th>completion</th>{heads}</tr>{body}</table>"
+
+
+def _row(row: dict[str, Any], names: list[str]) -> str:
+    text = _text(row["completion"])
+    picture = '<span class="soft">none</span>'
+    path = row.get("image_path")
+    if isinstance(path, list):
+        path = path[0] if path else None
+    if path:
+        png = thumbnail(path, boxes_of(row.get("solution")), boxes_of(text))
+        picture = (
+            _image(png, "boxes")
+            if png
+            else f'<span class="soft">not readable: {escape(path)}</span>'
+        )
+    shown = text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …"
+    numbers = "".join(f'<td class="number">{_number(row.get(name))}</td>' for name in names)
+    advantage = row["advantage"]
+    tone = "up" if advantage > 0 else "down" if advantage < 0 else "soft"
+    return (
+        f'<tr><td>{picture}</td><td class="text">{escape(shown)}</td>{numbers}'
+        f'<td class="number {tone}">{advantage:+.2f}</td></tr>'
+    )
+
+
+def _number(value: float | None) -> str:
+    return "not scored" if value is None or value != value else f"{value:.3f}"
+
+
+def _image(png: bytes, label: str) -> str:
+    return (
+        f'<img alt="{escape(label)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    )
+
+
+def _text(messages: Any) -> str:
+    """The words of a prompt or completion, plain or conversational."""
+    if isinstance(messages, str):
+        return messages
+    contents = [message.get("content") for message in messages or []]
+    words = []
+    for content in contents:
+        if isinstance(content, str):
+            words.append(content)
+        else:
+            words += [part["text"] for part in content or [] if part.get("text")]
+    return " ".join(words)

@@ -18,7 +18,7 @@ import triton.language as tl
 from fastgrpo_kernels.aot import KernelSpec
 from fastgrpo_kernels.token_kl import excess
 
-BLOCK, NUM_WARPS = 2048, 8
+BLOCK, NUM_WARPS = 1024, 4
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import os
 
 import torch
 
@@ -49,6 +50,8 @@ def select(op: str, device: torch.device, impl: str | None = None) -> str:
     return impl
 
 
+# Which build and packages are there does not change under a compiled graph.
+@torch.compiler.assume_constant_result
 def why_not(op: str, impl: str, device: torch.device) -> str | None:
     """The reason why `impl` cannot serve `op` on `device`, or None if it can."""
     if impl == "reference":
@@ -69,8 +72,6 @@ def why_not(op: str, impl: str, device: torch.device) -> str | None:
 
 
 def _interpreting() -> bool:
-    import os
-
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

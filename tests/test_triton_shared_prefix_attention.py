@@ -250,3 +250,25 @@ def test_triton_compiles_into_one_graph():
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v), f(q, k, v))
+
+
+def test_triton_inside_a_model_equals_dense():
+    import fastgrpo as fg
+    from fastgrpo.testing import models as tm
+
+    model = tm.tiny_model(
+        "qwen2_5_vl",
+        text={"num_hidden_layers": 1},
+        vision={"depth": 1, "fullatt_block_indexes": [0]},
+    )
+    groups = tm.synthetic_groups(model, [(((4, 6),), 3, (3, 1))])
+    results = []
+    for backend in ("triton", "dense"):
+        logp = [s.logp for s in fg.score(model, groups, backend=backend, self_check=False)]
+        tm.weighted_sum(logp, tm.random_weights(groups)).backward()
+        results.append(([x.detach() for x in logp[0]], tm.take_grads(model)))
+    (ours, our_grads), (want, want_grads) = results
+    for a, b in zip(ours, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+    error, where = tm.grad_error(our_grads, want_grads)
+    assert error <= 2e-5, where

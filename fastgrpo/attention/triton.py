@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from fastgrpo.ops._select import why_not
 from fastgrpo.ops.shared_prefix_attention import (
-    MAX_HEAD_DIM,
     PrefixTables,
     prefix_tables,
     shared_prefix_attention,
+    unsupported,
 )
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type != "cuda":
-        return f"Triton kernels need a CUDA device, the model is on {device.type}"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"takes float32, float16 or bfloat16, the model is in {dtype}"
-    if head_dim > MAX_HEAD_DIM or head_dim % 8:
-        return f"takes head dimensions that are multiples of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
-    return None
+    return why_not("shared_prefix_attention", "triton", device) or unsupported(dtype, head_dim)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout, *, scale, window=None) -> Tensor:

@@ -51,7 +51,7 @@ def gather_rows(x: torch.Tensor, rows: RowIndex, *, impl: str | None = None) -> 
     (deterministic both) or "reference". Raises InputError.
     """
     _check(x, rows, len(rows.first) - 1, "rows.first's")
-    impl = select("gather_rows", x.device, impl)
+    impl = _choose(x, impl)
     if impl == "reference":
         return reference.gather_rows(x, rows.index)
     flat = x.flatten(1)
@@ -60,7 +60,7 @@ def gather_rows(x: torch.Tensor, rows: RowIndex, *, impl: str | None = None) -> 
     else:
         from fastgrpo_kernels.gather_rows import gather_rows_op
 
-        out = gather_rows_op(_kernel_dtype(flat), *rows)
+        out = gather_rows_op(flat, *rows)
     return out.view(len(rows.index), *x.shape[1:])
 
 
@@ -70,7 +70,7 @@ def sum_rows(x: torch.Tensor, rows: RowIndex, *, impl: str | None = None) -> tor
     The adjoint of gather_rows; sums in float32 in index order. Differentiable. impl as there.
     """
     _check(x, rows, len(rows.index), "rows.index's")
-    impl = select("gather_rows", x.device, impl)
+    impl = _choose(x, impl)
     num_rows = len(rows.first) - 1
     if impl == "reference":
         return reference.sum_rows(x, rows.index, num_rows)
@@ -80,7 +80,7 @@ def sum_rows(x: torch.Tensor, rows: RowIndex, *, impl: str | None = None) -> tor
     else:
         from fastgrpo_kernels.gather_rows import sum_rows_op
 
-        out = sum_rows_op(_kernel_dtype(flat), *rows)
+        out = sum_rows_op(flat, *rows)
     return out.view(num_rows, *x.shape[1:])
 
 
@@ -93,10 +93,12 @@ def _check(x: torch.Tensor, rows: RowIndex, length: int, of: str) -> None:
         raise InputError(f"rows: expected device {x.device}, got {rows.index.device}")
 
 
-def _kernel_dtype(x: torch.Tensor) -> torch.Tensor:
-    if x.dtype == torch.float64:
+def _choose(x: torch.Tensor, impl: str | None) -> str:
+    wide = x.dtype == torch.float64
+    impl = select("gather_rows", x.device, "torch" if impl is None and wide else impl)
+    if impl == "triton" and wide:
         raise InputError("impl: the triton kernel sums in float32, ask for impl='torch' in float64")
-    return x
+    return impl
 
 
 def _segment_sum(x: torch.Tensor, order: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

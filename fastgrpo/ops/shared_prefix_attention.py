@@ -90,6 +90,15 @@ def _check_segments(seg: torch.Tensor) -> torch.Tensor:
     return torch.tensor(owners, dtype=torch.int64)
 
 
+def unsupported(dtype: torch.dtype, head_dim: int) -> str | None:
+    """What the kernel takes, if that leaves these inputs out; else None."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"takes float32, float16 or bfloat16, got {dtype}"
+    if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
+        return f"takes head dimensions that are multiples of 8 up to {MAX_HEAD_DIM}, got {head_dim}"
+    return None
+
+
 def shared_prefix_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -127,15 +136,14 @@ def shared_prefix_attention(
         check_positive("softcap", softcap)
     scale = sizes["D"] ** -0.5 if scale is None else scale
     check_positive("scale", scale)
-    if select("shared_prefix_attention", q.device, impl) == "reference":
+    reason = unsupported(q.dtype, sizes["D"])
+    impl = select(
+        "shared_prefix_attention", q.device, "reference" if impl is None and reason else impl
+    )
+    if impl == "reference":
         return reference.shared_prefix_attention(q, k, v, tables.segments, scale, window, softcap)
-
-    if q.dtype == torch.float64 or sizes["D"] > MAX_HEAD_DIM or sizes["D"] % 8:
-        raise InputError(
-            "impl: the triton kernel takes float32, float16 or bfloat16 and head dimensions that "
-            f"are multiples of 8 up to {MAX_HEAD_DIM}, got {q.dtype} and {sizes['D']}; "
-            "ask for impl='reference'"
-        )
+    if reason:
+        raise InputError(f"impl: the triton kernel {reason}; ask for impl='reference'")
     from fastgrpo_kernels.shared_prefix_attention import shared_prefix_attention_op
 
     out, _ = shared_prefix_attention_op(

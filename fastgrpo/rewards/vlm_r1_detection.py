@@ -278,8 +278,10 @@ _upstream_map = upstream_map
 
 def coco_ap(preds: list[Any], gts: list[Any], score_type: int) -> float:
     """pycocotools' stats[0] or stats[1] of one image, unknown labels and bad items left out."""
-    gt_boxes = [_four(gt) for gt in gts]
-    classes = {gt["label"]: None for gt in gts}
+    classes, gt_boxes = {}, []
+    for gt in gts:
+        classes[gt["label"]] = None
+        gt_boxes.append(_four(gt))
     boxes, labels = [], []
     for pred in preds:
         try:
@@ -305,9 +307,10 @@ def coco_ap(preds: list[Any], gts: list[Any], score_type: int) -> float:
 
 def _four(item: Any) -> list[float]:
     box = item["bbox_2d"]
-    x1, y1, x2, y2 = box[0], box[1], box[2], box[3]
-    _ = x2 - x1, y2 - y1  # as the published code does; raises for what is not a number
-    return [float(x1), float(y1), float(x2), float(y2)]
+    x1, y1 = box[0], box[1]
+    # The published code goes on with these differences, so what is no number raises here.
+    _ = box[2] - x1, box[3] - y1
+    return [float(x1), float(y1), float(box[2]), float(box[3])]
 
 
 def _upstream_od(text: str, solution: str, score_type: int, length: bool) -> float:

@@ -1,0 +1,163 @@
+"""Forward and backward of the policy log-probs of one VLM group: fastgrpo against TRL's own method.
+
+A Qwen2.5-VL built from a config, one prompt with one image, G completions. Both compute the same
+log-probs of the same tokens and the gradients of every parameter; TRL pads G full rows and runs
+the vision tower on G copies of the image.
+"""
+
+import argparse
+import contextlib
+import inspect
+from types import SimpleNamespace
+
+import common
+import torch
+
+import fastgrpo as fg
+from fastgrpo.testing import models as tm
+
+SHAPES = {  # hidden, layers, vocabulary, image patches (h, w), text tokens, G, completion lengths
+    "full": (256, 6, 8192, (40, 48), 40, 8, (64, 96)),
+    "small": (128, 2, 256, (16, 8), 5, 4, (3, 8)),
+}
+
+
+def build(shape: str) -> tuple[torch.nn.Module, fg.Group]:
+    hidden, layers, vocabulary, image, text, count, (low, high) = SHAPES[shape]
+    model = tm.tiny_model(
+        "qwen2_5_vl",
+        text=dict(
+            hidden_size=hidden,
+            intermediate_size=hidden * 11 // 4,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 32,
+            num_key_value_heads=hidden // 64,
+            vocab_size=vocabulary,
+        ),
+        # the tower's width, windows and full-attention share are those of Qwen2.5-VL-3B
+        vision=dict(
+            depth=4,
+            hidden_size=hidden * 5 // 8,
+            intermediate_size=hidden * 7 // 4 // 8 * 8,
+            num_heads=4,
+            patch_size=14,
+            window_size=112,
+            fullatt_block_indexes=[3],
+        ),
+    ).train()
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.linspace(low, high, count).long().tolist()
+    group = tm.synthetic_group(model, [image], text, lengths, generator=generator)
+    return model, group
+
+
+def fastgrpo_logp(model, group: fg.Group) -> torch.Tensor:
+    return torch.cat(fg.score(model, [group], self_check=False)[0].logp)
+
+
+def trl_logp(model, group: fg.Group) -> torch.Tensor:
+    """TRL's `_get_per_token_logps_and_entropies` on the batch its trainer would make."""
+    from trl import GRPOTrainer
+
+    count, longest = len(group.completions), max(group.lengths)
+    completions = torch.zeros(count, longest, dtype=torch.int64)
+    mask = torch.zeros(count, longest, dtype=torch.int64)
+    for i, completion in enumerate(group.completions):
+        completions[i, : len(completion)] = completion
+        mask[i, : len(completion)] = 1
+    prompt = group.prompt_ids.expand(count, -1)
+    ids = torch.cat([prompt, completions], 1)
+    grid = group.vision["image_grid_thw"]
+    method = inspect.unwrap(GRPOTrainer._get_per_token_logps_and_entropies)
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(autocast=contextlib.nullcontext))
+    logp, _, _ = method(
+        trainer,
+        model,
+        ids,
+        torch.cat([torch.ones_like(prompt), mask], 1),
+        longest,
+        pixel_values=group.vision["pixel_values"].repeat(count, 1),
+        image_grid_thw=grid.repeat(count, 1),
+        num_images=[len(grid)] * count,
+        mm_token_type_ids=(ids == tm.IMAGE_ID).int(),
+    )
+    return logp[mask.bool()]
+
+
+def saved_mib(run, model) -> float:
+    """MiB kept for backward: distinct storages autograd saves, the parameters left out."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # an address must not be used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(sizes.values()) / 2**20
+
+
+def rows(args: argparse.Namespace) -> list[common.Row]:
+    from trl.trainer.utils import add_fused_lm_head
+
+    shape = "small" if args.small else "full"
+    model, group = build(shape)
+    stock, _ = build(shape)
+    stock.load_state_dict(model.state_dict())
+    add_fused_lm_head(stock)
+    variants = {"fastgrpo": (model, fastgrpo_logp), "TRL": (stock, trl_logp)}
+    weights = torch.linspace(-1, 1, sum(group.lengths))
+
+    def step(name: str) -> None:
+        owner, logp = variants[name]
+        owner.zero_grad(set_to_none=True)
+        (logp(owner, group) * weights).sum().backward()
+
+    facts = {name: _facts(*variants[name], group, step, name) for name in variants}
+    reference = facts["TRL"].pop("grads")
+    error = tm.grad_error(facts["fastgrpo"].pop("grads"), reference)[0]
+    ms = common.median_ms({name: lambda name=name: step(name) for name in variants}, args.device)
+    facts["fastgrpo"]["TRL time / ours"] = ms["TRL"] / ms["fastgrpo"]
+    facts["fastgrpo"]["TRL saved / ours"] = (
+        facts["TRL"]["saved MiB"] / facts["fastgrpo"]["saved MiB"]
+    )
+    prompt, lengths = len(group.prompt_ids), group.lengths
+    text = f"P={prompt} G={len(lengths)} C={min(lengths)}-{max(lengths)} {shape}"
+    return [
+        common.Row(
+            "step",
+            text,
+            name,
+            ms[name],
+            error=error if name == "fastgrpo" else None,
+            note="forward + backward of the log-probs, every parameter trained",
+            extra=facts[name],
+        )
+        for name in variants
+    ]
+
+
+def _facts(model, logp, group, step, name: str) -> dict:
+    """Vision-tower calls and patches of one forward, bytes saved for backward, gradients."""
+    patches: list[int] = []
+    hook = model.model.visual.register_forward_pre_hook(
+        lambda module, args, kwargs: patches.append(len(args[0])), with_kwargs=True
+    )
+    saved = saved_mib(lambda: logp(model, group), model)
+    hook.remove()
+    step(name)
+    return {
+        "vision calls": float(len(patches)),
+        "vision patches": float(sum(patches)),
+        "saved MiB": saved,
+        "grads": tm.take_grads(model),
+    }
+
+
+if __name__ == "__main__":
+    common.main(rows)

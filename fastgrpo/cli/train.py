@@ -20,7 +20,7 @@ from fastgrpo.data import load_vlm_r1, split_validation
 from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl import FastGRPOTrainer, FastOptions
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.report.record import record
+from fastgrpo.report import record
 
 logger = logging.getLogger(__name__)
 

@@ -41,7 +41,7 @@ def read_run(folder: Path | str) -> Run:
     state, files = _latest_state(folder), sorted((folder / "completions").glob("*.parquet"))
     if state is None and not files:
         raise InputError(
-            f"run: {folder} holds no trainer_state.json (nor checkpoint-*/trainer_state.json) and no "
+            f"run: {folder} holds no trainer_state.json, in no checkpoint either, and no "
             "completions/*.parquet, so there is nothing to report"
         )
     run = Run(folder, _history(state), *_read_completions(files), _held_out(folder))

@@ -1,0 +1,295 @@
+"""A run's report: complete, self-contained, safe with hostile text, clear about what is missing."""
+
+import base64
+import io
+import json
+from collections import defaultdict
+from html.parser import HTMLParser
+
+import pytest
+
+pytest.importorskip("matplotlib")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+import pyarrow  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from fastgrpo.cli import main as cli  # noqa: E402
+from fastgrpo.errors import InputError  # noqa: E402
+from fastgrpo.report import recorder, write_report  # noqa: E402
+from fastgrpo.report.pictures import PREDICTED, TRUTH, boxes_of, thumbnail  # noqa: E402
+
+HOSTILE = (
+    '<script>alert("x")</script><img src="http://example.org/x.png"><answer>[1,2,9,8]</answer>'
+)
+PICTURES = {"reward", "reward_std", "zero_variance", "kl", "entropy", "length", "step_time"}
+
+
+class Page(HTMLParser):
+    """Tags, image bytes, and visible text of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.images, self.resources, self.text = [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name == "src" and value.startswith("data:image/png;base64,"):
+                self.images.append(base64.b64decode(value.split(",", 1)[1], validate=True))
+            elif name in ("src", "href"):
+                self.resources.append(value)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def log_entry(step: int) -> dict:
+    return {
+        "step": step,
+        "reward": 1 + 0.1 * step,
+        "rewards/vlm_r1_iou/mean": 0.1 * step,
+        "reward_std": 0.3,
+        "frac_reward_zero_std": 0.25,
+        "kl": None if step == 1 else 0.01,
+        "entropy": 1.5,
+        "completions/mean_length": 16.0,
+        "step_time": 2.0,
+        "time/generate": 1.0,
+        "time/backward": 0.7,
+    }
+
+
+def completion_row(index: int, image: str, text: str) -> dict:
+    return {
+        "step": 1,
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": "find the 7"}]}],
+        "completion": [{"role": "assistant", "content": [{"type": "text", "text": text}]}],
+        "vlm_r1_iou": 0.5 if index else None,
+        "image_path": [image],
+        "solution": "<answer> [3, 4, 20, 25] </answer>",
+        "advantage": 1.0 - index,
+    }
+
+
+def write_completions(folder, rows, step=1):
+    folder = folder / "completions"
+    folder.mkdir(exist_ok=True)
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, folder / f"completions_{step:05d}.parquet")
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run<b>"
+    folder.mkdir()
+    history = [log_entry(1), log_entry(2), log_entry(3), {"step": 3, "train_runtime": 9.0}]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    image = tmp_path / "canvas.png"
+    Image.new("RGB", (56, 84), "white").save(image)
+    texts = ["<think>7</think><answer>[2,3,19,26]</answer>", HOSTILE]
+    write_completions(folder, [completion_row(i, str(image), t) for i, t in enumerate(texts)])
+    figures = {"sampled_iou": 0.123, "greedy_iou": 0.2, "sampled_format": 1.0, "num_images": 300}
+    held_out = {"before": figures, "after": figures | {"sampled_iou": 0.456}}
+    (folder / "heldout.json").write_text(json.dumps(held_out))
+    return folder
+
+
+def read(path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_write_report_shows_everything_in_one_file(run):
+    page = read(write_report(run))
+    assert page.resources == []
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert {path.stem for path in (run / "report").glob("*.png")} == PICTURES
+    assert len(page.images) == len(PICTURES) + 2
+    for png in page.images:
+        assert Image.open(io.BytesIO(png)).format == "PNG"
+    for text in ("0.123 → 0.456", "300", "find the 7", "not scored", "+1.00", "run<b>"):
+        assert text in page.text
+    assert "Not in this report" not in page.text
+
+
+def test_write_report_escapes_model_text(run):
+    source = write_report(run).read_text()
+    assert "<script>" not in source and "&lt;script&gt;" in source
+    assert HOSTILE in Page(source).text
+
+
+def test_write_report_elsewhere_leaves_the_run_alone(run, tmp_path):
+    assert write_report(run, tmp_path / "out") == tmp_path / "out" / "report.html"
+    assert not (run / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "gone, said",
+    [
+        ("trainer_state.json", "No trainer_state.json"),
+        ("heldout.json", "no held-out figures"),
+        ("completions", "log_completions=True"),
+    ],
+)
+def test_write_report_names_what_is_missing(run, gone, said):
+    path = run / gone
+    if path.is_dir():
+        for file in path.iterdir():
+            file.unlink()
+    else:
+        path.unlink()
+    assert said in read(write_report(run)).text
+
+
+def test_write_report_of_a_stock_trl_run(run):
+    """No recorder: no image column, no step times, a state only in checkpoints, plain text rows."""
+    state = run / "trainer_state.json"
+    for step, reward in ((2, 0.0), (10, 0.875)):
+        entry = {"step": step, "reward": reward}
+        (run / f"checkpoint-{step}").mkdir()
+        target = run / f"checkpoint-{step}" / "trainer_state.json"
+        target.write_text(json.dumps({"log_history": [entry]}))
+    state.unlink()
+    (run / "heldout.json").unlink()
+    write_completions(
+        run, [{"step": 1, "prompt": "2+2?", "completion": "4", "exact": 1.0, "advantage": 0.0}]
+    )
+    page = read(write_report(run))
+    for text in ("name no image", "No step times", "10 optimizer steps", "0.875", "2+2?", "exact"):
+        assert text in page.text
+    assert len(page.images) == 1
+
+
+def test_write_report_says_when_an_image_is_gone(run, tmp_path):
+    (tmp_path / "canvas.png").write_bytes(b"not an image")
+    assert "not readable: " in read(write_report(run)).text
+
+
+def test_write_report_shows_the_first_and_the_last_step(run, tmp_path):
+    for step in (2, 3):
+        row = completion_row(1, str(tmp_path / "canvas.png"), f"from step {step}")
+        write_completions(run, [row | {"step": step}], step)
+    text = read(write_report(run)).text
+    assert "from step 3" in text and "from step 2" not in text and "Step 1" in text
+
+
+def test_write_report_refuses_what_is_no_run(run, tmp_path, capsys):
+    with pytest.raises(InputError, match="not one"):
+        write_report(tmp_path / "absent")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(SystemExit, match="nothing to report"):
+        cli(["report", str(empty)])
+    (run / "trainer_state.json").write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        write_report(run)
+
+
+def test_write_report_refuses_a_truncated_completions_file(run):
+    (path,) = (run / "completions").iterdir()
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=path.name):
+        write_report(run)
+
+
+def test_report_command_prints_the_page(run, capsys):
+    cli(["report", str(run)])
+    assert capsys.readouterr().out.strip() == str((run / "report" / "report.html").resolve())
+
+
+@pytest.mark.parametrize(
+    "value, boxes",
+    [
+        ("<answer>[1,2,3,4]</answer>", [[1, 2, 3, 4]]),
+        ("[9,9,9,9] <answer>{'bbox': [1, -2.5, 3, 4]}</answer>", [[1, -2.5, 3, 4]]),
+        ("<answer>[[1,2,3,4],[5,6,7,8]]</answer>", [[1, 2, 3, 4], [5, 6, 7, 8]]),
+        ([1, 2, 3, 4], [[1, 2, 3, 4]]),
+        ([1, 2, 3], []),
+        ("[1,2,3]", []),
+        (None, []),
+        ("[1," * 100_000, []),
+    ],
+)
+def test_boxes_of(value, boxes):
+    assert boxes_of(value) == boxes
+
+
+def test_thumbnail_draws_both_boxes_and_survives_any_numbers(tmp_path):
+    path = tmp_path / "image.png"
+    Image.new("RGB", (80, 40), "white").save(path)
+    wild = [[70, 30, 10, 5], [-1e5, 0, 1e5, 1], [3, 3, 3, 3]]
+    png = thumbnail(str(path), [[10, 10, 30, 30]], wild)
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    assert picture.size == (160, 80)
+    colours = {f"#{bytes(colour).hex()}" for _, colour in picture.getcolors(maxcolors=100)}
+    assert {TRUTH, PREDICTED} <= colours
+    assert thumbnail(str(tmp_path / "absent.png"), [], []) is None
+
+
+class FakeTrainer:
+    """The methods `record` wraps, each "taking" some seconds of a fake clock."""
+
+    def __init__(self, clock):
+        self.clock, self.callbacks, self.extra = clock, [], {}
+        self._metrics = {"train": defaultdict(list)}
+
+    def add_callback(self, callback):
+        self.callbacks.append(callback)
+
+    def _log_completion_extra(self, column, values):
+        self.extra[column] = values
+
+    def training_step(self):
+        self._prepare_inputs()
+        self.compute_loss()
+        self.clock(16)
+
+    def _prepare_inputs(self):
+        self._generate_single_turn()
+        self._get_per_token_logps_and_entropies()
+        self._calculate_rewards([{"image_path": ["a.png"], "solution": (1, 2), "id": 4}])
+        self.clock(1)
+
+    def _generate_single_turn(self):
+        self.clock(2)
+
+    def _calculate_rewards(self, inputs):
+        self.clock(4)
+
+    def _get_per_token_logps_and_entropies(self):
+        self.clock(8)
+
+    def compute_loss(self):
+        self._get_per_token_logps_and_entropies()
+        self.clock(32)
+
+
+def test_record_splits_a_step_without_counting_twice(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(recorder.time, "perf_counter", lambda: now[0])
+
+    def spend(seconds):
+        now[0] += seconds
+
+    trainer = FakeTrainer(spend)
+    recorder.record(trainer)
+    (times,) = trainer.callbacks
+    for _ in range(2):
+        trainer.training_step()
+    times.on_pre_optimizer_step(None, None, None)
+    spend(0.5)
+    times.on_optimizer_step(None, None, None)
+    times.on_step_end(None, None, None)
+    seconds = {key: value for key, (value,) in trainer._metrics["train"].items()}
+    assert seconds == {
+        "time/generate": 4,
+        "time/old and reference log-probs": 16,
+        "time/rewards": 8,
+        "time/prepare": 2,
+        "time/policy forward": 80,
+        "time/backward": 32,
+        "time/optimizer": 0.5,
+    }
+    assert sum(seconds.values()) == now[0]
+    assert trainer.extra == {"image_path": [["a.png"]], "solution": [[1, 2]]}

@@ -112,6 +112,21 @@ def as_groups(rows: Rows) -> tuple[list[Group], list[int]]:
     ], members
 
 
+def anchor_group(rows: Rows, members: list[int]) -> list[Group]:
+    """A group to score with weight 0, so that the parameters TRL gives a zero gradient get one.
+
+    TRL's forward covers rows that are not scored (see `as_groups`): the optimizer's momentum moves
+    parameters only they reach, and every process must run the same forwards. Needed when no row is
+    scored, or none with images although there are some; [] otherwise.
+    """
+    with_images = [row for row, vision in enumerate(rows.vision) if vision]
+    if members and (not with_images or any(rows.vision[row] for row in members)):
+        return []
+    row = with_images[0] if with_images else 0
+    prompt = rows.prompts[row]
+    return [Group(prompt, [prompt[-1:]], rows.vision[row], sample_id=f"row {row}")]
+
+
 def scatter(values: list[Tensor], members: list[int], rows: Rows) -> Tensor:
     """(B, C) float32 with `values[i]` (C_i,) in row `members[i]`; exactly 0 elsewhere."""
     shape = (len(rows.prompts), rows.num_columns)

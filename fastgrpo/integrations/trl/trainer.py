@@ -14,9 +14,16 @@ from trl.trainer.utils import unsplit_pixel_values_by_grid as unsplit_pixel_valu
 from fastgrpo.engine import score
 from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl.guard import RewardGuard
-from fastgrpo.integrations.trl.rows import as_groups, plan_micro_batches, read_rows, scatter
+from fastgrpo.integrations.trl.rows import (
+    anchor_group,
+    as_groups,
+    plan_micro_batches,
+    read_rows,
+    scatter,
+)
 from fastgrpo.integrations.trl.selfcheck import check_against_trl
 from fastgrpo.integrations.trl.support import check_trainer, check_version
+from fastgrpo.integrations.trl.weights import apply_liger_layers, load_renamed
 
 QUARANTINE_COLUMN = "quarantine_reason"
 
@@ -100,10 +107,11 @@ class _FastMixin:
             mm_token_type_ids=mm_token_type_ids,
         )
         groups, members = as_groups(rows)
+        anchor = anchor_group(rows, members) if torch.is_grad_enabled() else []
         with self.accelerator.autocast():
             scores = score(
                 model,
-                groups,
+                groups + anchor,
                 temperature=self.temperature,
                 outputs=("logp", "entropy") if compute_entropy else ("logp",),
                 max_tokens=self.fast.max_tokens,
@@ -111,13 +119,13 @@ class _FastMixin:
                 self_check=False,  # the check below compares more rows, with TRL's own values
                 placeholders="neutralize",
             )
-        logps = scatter([s.logp[0] for s in scores], members, rows)
+        scored = scores[: len(groups)]
+        logps = scatter([s.logp[0] for s in scored], members, rows)
+        for extra in scores[len(groups) :]:
+            logps = logps + 0.0 * extra.logp[0].sum()
         entropies = None
         if compute_entropy:
-            entropies = scatter([s.entropy[0] for s in scores], members, rows)
-        if not groups and torch.is_grad_enabled():  # backward() must still find a graph
-            weight = next(p for p in model.parameters() if p.requires_grad)
-            logps = logps + weight.flatten()[:0].sum().to(logps)
+            entropies = scatter([s.entropy[0] for s in scored], members, rows)
         if self.fast.self_check and id(model) not in self._checked_models:
             self._self_check(
                 model, rows, members, logps, input_ids, attention_mask, mm_token_type_ids
@@ -175,6 +183,14 @@ class _FastMixin:
         # One draw of TRL's size: sampling after it sees the random numbers it would see in TRL.
         order = torch.randperm(num_rows).tolist()
         return plan_micro_batches(group_of_row, order, self.args.steps_per_generation)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not load_renamed(self.model if model is None else model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not load_renamed(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if self._grids is not None and len(self._grids) == len(inputs):
@@ -306,28 +322,3 @@ def _take_rows(batch: dict, order: list[int]) -> dict:
         return value[order] if isinstance(value, Tensor) else [value[row] for row in order]
 
     return {key: take(value) for key, value in batch.items()}
-
-
-def apply_liger_layers(trainer: GRPOTrainer) -> None:
-    """Swaps the model's RMSNorm, rotary embedding and SwiGLU for liger-kernel's, not its loss."""
-    device = trainer.accelerator.device
-    if device.type != "cuda":
-        raise InputError(f"liger_kernels=True needs a CUDA device, the model is on {device}")
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance as apply
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
-    except ImportError as error:
-        raise InputError(f"liger_kernels=True needs liger-kernel installed: {error}") from error
-    for model in filter(None, (trainer.model, trainer.ref_model)):
-        model = trainer.accelerator.unwrap_model(model)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if base.config.model_type not in known:
-            raise InputError(f"liger-kernel has no layers for {base.config.model_type}")
-        apply(
-            base,
-            rope=True,
-            rms_norm=True,
-            swiglu=True,
-            cross_entropy=False,
-            fused_linear_cross_entropy=False,
-        )

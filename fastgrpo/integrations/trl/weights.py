@@ -1,0 +1,66 @@
+"""The trainer's model itself: liger-kernel's layers, and weights read back from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+
+from fastgrpo.errors import InputError
+
+
+def load_renamed(model: nn.Module, checkpoint: str | Path) -> bool:
+    """Loads weights that `save_pretrained` stored under other names than the model's own.
+
+    transformers 5 saves Qwen-VL models under their first names ("visual.*"), and its Trainer
+    resumes with `load_state_dict(strict=False)`, which then loads nothing and says so in a warning
+    only. False if the names agree or the model is wrapped: the Trainer's own way is right then.
+    """
+    if not isinstance(model, PreTrainedModel) or stored_names(checkpoint) <= set(
+        model.state_dict()
+    ):
+        return False
+    loaded = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+    model.load_state_dict(loaded.state_dict())
+    return True
+
+
+def stored_names(checkpoint: str | Path) -> set[str]:
+    """The parameter names in a folder's safetensors files; empty if it has none."""
+    index = Path(checkpoint, "model.safetensors.index.json")
+    if index.is_file():
+        return set(json.loads(index.read_text())["weight_map"])
+    single = Path(checkpoint, "model.safetensors")
+    if not single.is_file():
+        return set()
+    with safe_open(single, framework="pt") as file:
+        return set(file.keys())
+
+
+def apply_liger_layers(trainer: GRPOTrainer) -> None:
+    """Swaps the model's RMSNorm, rotary embedding and SwiGLU for liger-kernel's, not its loss."""
+    device = trainer.accelerator.device
+    if device.type != "cuda":
+        raise InputError(f"liger_kernels=True needs a CUDA device, the model is on {device}")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance as apply
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
+    except ImportError as error:
+        raise InputError(f"liger_kernels=True needs liger-kernel installed: {error}") from error
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        model = trainer.accelerator.unwrap_model(model)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if base.config.model_type not in known:
+            raise InputError(f"liger-kernel has no layers for {base.config.model_type}")
+        apply(
+            base,
+            rope=True,
+            rms_norm=True,
+            swiglu=True,
+            cross_entropy=False,
+            fused_linear_cross_entropy=False,
+        )

@@ -9,7 +9,7 @@ from typing import Any
 from fastgrpo.rewards import math_pool
 from fastgrpo.rewards.boxes import iou_continuous, ordered_box
 from fastgrpo.rewards.registry import BadColumn, Unscorable, reward
-from fastgrpo.rewards.text import SPACE, answer, between, ngram_repetition, one_line_answer, pattern
+from fastgrpo.rewards.text import SPACE, answer, ngram_repetition, one_line_answer, pattern
 
 PR1 = "linkangheng/PR1@48d5558"
 XIAO = "tongxiao2002/Perception-R1@c47eaf2"
@@ -192,10 +192,11 @@ def visual_scores(judgement: str) -> list[float]:
 def _last_between(text: str, start: str, end: str) -> str | None:
     """From the last `start` that is followed by something and `end`."""
     closed = text.rfind(end)
-    opened = text.rfind(start, 0, max(closed - 1, 0)) if closed > 0 else -1
+    opened = text.rfind(start, 0, closed - 1) if closed > 0 else -1
     if opened < 0:
         return None
-    return between(text[opened : closed + len(end)], start, end) or None
+    opened += len(start)
+    return text[opened : text.find(end, opened + 1)]
 
 
 @reward("perception_r1/total", columns=("solution",), optional=("judge_output", "visual_key_info"),

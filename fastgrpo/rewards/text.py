@@ -179,13 +179,11 @@ def ngram_repetition(words: Sequence[Any], size: int) -> float:
 
 
 def word_error_rate(reference: str, hypothesis: str) -> float:
-    """Word edits / words of the reference, as jiwer counts; 0 or 1 for an empty reference."""
+    """Word edits / words of the reference, as jiwer counts; only edits for an empty reference."""
     from rapidfuzz.distance import Levenshtein
 
     words = [_jiwer_words(side) for side in (reference, hypothesis)]
-    if not words[0]:
-        return float(bool(words[1]))
-    return Levenshtein.distance(*words) / len(words[0])
+    return Levenshtein.distance(*words) / max(len(words[0]), 1)
 
 
 def _jiwer_words(text: str) -> list[str]:

@@ -53,8 +53,8 @@ def answer_reward(
     """
     before, after = original_noun_phrase.lower(), changed_noun_phrase.lower()
     if compat == "upstream":
-        said = boxed_or_last_line(text)
-        return float(changed_tokens(before, after)[0] in said.lower())
+        said = boxed_or_last_line(text).lower()
+        return float(changed_tokens(before, after)[0] in said)
     wanted = [_bare(word) for word in changed_tokens(before, after)]
     if not wanted:
         raise BadColumn("the two phrases do not differ")

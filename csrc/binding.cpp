@@ -4,9 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 
+#include "cpu/simd.h"
 #include "params.h"
 
 namespace py = pybind11;
@@ -66,7 +68,7 @@ static void bind_offset_exp(py::array_t<float> logits, Array<int64_t> targets,
                             Maybe<float> moment, Array<uint8_t> overflow, int threads) {
   check(logits.ndim() == 2 && logits.writeable(), "logits", "a writeable (C, V) array");
   const int64_t rows = logits.shape(0), vocab = logits.shape(1);
-  check(vocab <= 1 || logits.strides(1) == 4, "logits", "a contiguous last dimension");
+  check(rows == 0 || vocab <= 1 || logits.strides(1) == 4, "logits", "a contiguous last dimension");
   check(rows <= 1 || (logits.strides(0) % 4 == 0 && logits.strides(0) >= 4 * vocab), "logits",
         "rows that do not overlap");
   OffsetExpParams p{};
@@ -156,6 +158,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fastgrpo; called through fastgrpo_kernels._cpp";
   // noconvert: a wrong dtype is an error, not a copy whose result is lost.
   const auto array = [](const char* name) { return py::arg(name).noconvert(); };
+  m.def(
+      "limit_isa",
+      [](int level) { return isa_level() = std::clamp(level, 0, isa_of_this_machine()); },
+      py::arg("level"), "For tests: 0 base, 1 AVX2, 2 AVX-512; returns the level now in use.");
   m.def("offset_exp", &bind_offset_exp, array("logits"), array("targets"),
         array("inv_temperature"), array("bias"), array("given_target_logit"), py::arg("logit_scale"),
         py::arg("softcap"), py::arg("bfloat16"), array("sum_exp"), array("target_logit"),

@@ -125,3 +125,18 @@ def test_any_label(label, impl):
 def test_missing_label_is_refused():
     with pytest.raises(fg.InputError, match="pred_labels: expected one per box"):
         fg.average_precision([GOOD, GOOD], [1], None, [GOOD], [1], [2], [1])
+
+
+@CPP
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_invalid_boxes_on_smaller_processors(level):
+    from fastgrpo_kernels import _C
+
+    try:
+        if _C.limit_isa(level) != level:
+            pytest.skip("this processor has no such instructions")
+        for name in INVALID:
+            test_invalid_box_scores_as_no_box(name, "cpp")
+        test_thousand_by_thousand()
+    finally:
+        _C.limit_isa(2)

@@ -1,9 +1,5 @@
 """The C++ streaming pass against float64: values, sums, special logits, layouts, processors."""
 
-import os
-import subprocess
-import sys
-
 import fastgrpo_kernels
 import pytest
 import torch
@@ -168,22 +164,16 @@ def test_offset_exp_cpp_opcheck():
     torch.library.opcheck(_cpp._offset_exp, (logits, targets, *[None] * 3, 1.0, None, False, True))
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2"])
-def test_offset_exp_cpp_on_smaller_processors(isa):
-    """The widest instruction set is what the other tests run; FASTGRPO_ISA lowers it."""
-    tests = [
-        f"{__file__}::{name}"
-        for name in (
-            "test_offset_exp_cpp_every_exponent_is_within_an_ulp",
-            "test_offset_exp_cpp_special_logits",
-            "test_offset_exp_cpp_within_budget[None-None-1031]",
-            "test_offset_exp_cpp_within_budget[5.0-exp_dtype1-1031]",
-        )
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-        env={**os.environ, "FASTGRPO_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout + done.stderr
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_offset_exp_cpp_on_smaller_processors(level):
+    from fastgrpo_kernels import _C
+
+    try:
+        if _C.limit_isa(level) != level:
+            pytest.skip("this processor has no such instructions")
+        test_offset_exp_cpp_every_exponent_is_within_an_ulp()
+        test_offset_exp_cpp_special_logits()
+        for softcap in (None, 5.0):
+            test_offset_exp_cpp_within_budget(1031, torch.bfloat16, softcap)
+    finally:
+        _C.limit_isa(2)

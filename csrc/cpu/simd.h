@@ -2,8 +2,7 @@
 // Level and is inlined into one function per set. Nothing is built for the builder's own machine.
 #pragma once
 
-#include <cstdlib>
-#include <cstring>
+#include <atomic>
 
 #define FG_INLINE inline __attribute__((always_inline))
 
@@ -35,32 +34,31 @@ void run_base(const Body& body) {
   body(Level<4>{});
 }
 
-// 2 AVX-512, 1 AVX2 with FMA, 0 what every machine of this architecture has. FASTGRPO_ISA (base,
-// avx2, avx512) lowers it, so that one machine can test all three.
-inline int isa_level() {
-  static const int level = [] {
-    int best = 0;
+// 2 AVX-512, 1 AVX2 with FMA, 0 what every machine of this architecture has.
+inline int isa_of_this_machine() {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = 1;
-    if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
-      best = 2;
-    }
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+  return wide ? 2 : 1;
+#else
+  return 0;
 #endif
-    const char* cap = std::getenv("FASTGRPO_ISA");
-    if (cap && !std::strcmp(cap, "base")) return 0;
-    if (cap && !std::strcmp(cap, "avx2") && best > 1) return 1;
-    return best;
-  }();
+}
+
+// The level in use; tests lower it, so that one machine tests all three.
+inline std::atomic<int>& isa_level() {
+  static std::atomic<int> level{isa_of_this_machine()};
   return level;
 }
 
 template <class Body>
 void run_best(const Body& body) {
 #if defined(__x86_64__)
-  if (isa_level() == 2) return run_avx512(body);
-  if (isa_level() == 1) return run_avx2(body);
+  const int level = isa_level();
+  if (level == 2) return run_avx512(body);
+  if (level == 1) return run_avx2(body);
 #endif
   run_base(body);
 }

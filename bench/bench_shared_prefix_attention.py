@@ -1,4 +1,4 @@
-"""Shared-prefix attention forward and backward: own kernel, libraries on gathered keys, flex, dense.
+"""Shared-prefix attention, forward and backward: own kernel, gathered keys, flex, dense.
 
 Letters: P prompt tokens, G completions, C tokens each, T = P + G C, H query heads, K key heads,
 D head dimension. Every variant is counted the same work: 14 H D floating-point operations per

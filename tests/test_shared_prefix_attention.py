@@ -86,6 +86,14 @@ def test_tables_cover_every_row_once_and_start_with_the_most_work():
     assert (keys.diff() <= 0).all() and (queries.diff() <= 0).all()
 
 
+def test_tables_do_not_depend_on_the_default_device():
+    segments = torch.tensor(GroupLayout(LENGTHS).segments)
+    want = prefix_tables(segments)
+    with torch.device("meta"):
+        got = prefix_tables(segments)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_tables_name_the_last_query_of_every_key():
     layout = GroupLayout(LENGTHS)
     made = tables(LENGTHS)

@@ -27,6 +27,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout, *, scale, window=N
 
 def _tables(layout) -> PrefixTables:
     if "prefix_tables" not in layout.cache:
-        segments = torch.tensor(layout.segments, dtype=torch.int64)
+        segments = torch.tensor(layout.segments, dtype=torch.int64, device="cpu")
         layout.cache["prefix_tables"] = prefix_tables(segments, layout.kv_index.device)
     return layout.cache["prefix_tables"]

@@ -101,8 +101,11 @@ def _choose(x: torch.Tensor, impl: str | None) -> str:
     return impl
 
 
-def _segment_sum(x: torch.Tensor, order: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+def _segment_sum(x: torch.Tensor, index: torch.Tensor, order: torch.Tensor, first: torch.Tensor):
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.device.type == "cpu":  # one thread, in index order
+        total = x.new_zeros((len(first) - 1, x.shape[1]), dtype=compute)
+        return total.index_add_(0, index, x.to(compute)).to(x.dtype)
     ordered = x.index_select(0, order).to(compute)
     return torch.segment_reduce(ordered, "sum", offsets=first, initial=0.0).to(x.dtype)
 
@@ -123,7 +126,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, index, order, first):
         ctx.save_for_backward(index, order, first)
-        return _segment_sum(x, order, first)
+        return _segment_sum(x, index, order, first)
 
     @staticmethod
     def backward(ctx, dout):

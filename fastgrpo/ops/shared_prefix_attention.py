@@ -49,17 +49,18 @@ def prefix_tables(segments: torch.Tensor, device: torch.device | str | None = No
     query_end = end.clone()
     query_end.scatter_reduce_(0, owner, end, "amax")
 
+    each = torch.arange(len(seg), device="cpu")
     count = (length + BLOCK_ROWS - 1) // BLOCK_ROWS
-    of = torch.repeat_interleave(torch.arange(len(seg)), count)
-    first = torch.cumsum(count, 0) - count
-    row = start[of] + (torch.arange(len(of)) - first[of]) * BLOCK_ROWS
+    of = torch.repeat_interleave(each, count)
+    nth = torch.arange(len(of), device="cpu") - (torch.cumsum(count, 0) - count)[of]
+    row = start[of] + nth * BLOCK_ROWS
     table = torch.stack(
         [row, start[of], end[of], prefix_start[of], prefix_len[of], query_end[of]], 1
     )
     by_query = torch.argsort(prefix_len[of] + row - start[of], descending=True, stable=True)
     by_key = torch.argsort(query_end[of] - row, descending=True, stable=True)
-    token = torch.repeat_interleave(torch.arange(len(seg)), length)
-    positions = torch.arange(len(token)) - start[token] + prefix_len[token]
+    token = torch.repeat_interleave(each, length)
+    positions = torch.arange(len(token), device="cpu") - start[token] + prefix_len[token]
     return PrefixTables(
         segments=seg.to(device),
         blocks=torch.stack([table[by_query], table[by_key]]).to(device, torch.int32),
@@ -87,7 +88,7 @@ def _check_segments(seg: torch.Tensor) -> torch.Tensor:
             )
         owners.append(current)
         expected = end
-    return torch.tensor(owners, dtype=torch.int64)
+    return torch.tensor(owners, dtype=torch.int64, device="cpu")
 
 
 def unsupported(dtype: torch.dtype, head_dim: int) -> str | None:

@@ -16,6 +16,7 @@ from PIL import Image  # noqa: E402
 
 from fastgrpo.cli import main as cli  # noqa: E402
 from fastgrpo.errors import InputError  # noqa: E402
+from fastgrpo.report import page as pages  # noqa: E402
 from fastgrpo.report import recorder, write_report  # noqa: E402
 from fastgrpo.report.pictures import PREDICTED, TRUTH, boxes_of, thumbnail  # noqa: E402
 
@@ -96,6 +97,12 @@ def run(tmp_path):
     return folder
 
 
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Drawing takes a second; a test that looks at the page alone does without."""
+    monkeypatch.setattr(pages, "draw_curves", lambda run: {})
+
+
 def read(path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
@@ -113,13 +120,13 @@ def test_write_report_shows_everything_in_one_file(run):
     assert "Not in this report" not in page.text
 
 
-def test_write_report_escapes_model_text(run):
+def test_write_report_escapes_model_text(run, no_curves):
     source = write_report(run).read_text()
     assert "<script>" not in source and "&lt;script&gt;" in source
     assert HOSTILE in Page(source).text
 
 
-def test_write_report_elsewhere_leaves_the_run_alone(run, tmp_path):
+def test_write_report_elsewhere_leaves_the_run_alone(run, tmp_path, no_curves):
     assert write_report(run, tmp_path / "out") == tmp_path / "out" / "report.html"
     assert not (run / "report").exists()
 
@@ -132,7 +139,7 @@ def test_write_report_elsewhere_leaves_the_run_alone(run, tmp_path):
         ("completions", "log_completions=True"),
     ],
 )
-def test_write_report_names_what_is_missing(run, gone, said):
+def test_write_report_names_what_is_missing(run, gone, said, no_curves):
     path = run / gone
     if path.is_dir():
         for file in path.iterdir():
@@ -161,12 +168,12 @@ def test_write_report_of_a_stock_trl_run(run):
     assert len(page.images) == 1
 
 
-def test_write_report_says_when_an_image_is_gone(run, tmp_path):
+def test_write_report_says_when_an_image_is_gone(run, tmp_path, no_curves):
     (tmp_path / "canvas.png").write_bytes(b"not an image")
     assert "not readable: " in read(write_report(run)).text
 
 
-def test_write_report_shows_the_first_and_the_last_step(run, tmp_path):
+def test_write_report_shows_the_first_and_the_last_step(run, tmp_path, no_curves):
     for step in (2, 3):
         row = completion_row(1, str(tmp_path / "canvas.png"), f"from step {step}")
         write_completions(run, [row | {"step": step}], step)
@@ -174,7 +181,7 @@ def test_write_report_shows_the_first_and_the_last_step(run, tmp_path):
     assert "from step 3" in text and "from step 2" not in text and "Step 1" in text
 
 
-def test_write_report_refuses_what_is_no_run(run, tmp_path, capsys):
+def test_write_report_refuses_what_is_no_run(run, tmp_path, capsys, no_curves):
     with pytest.raises(InputError, match="not one"):
         write_report(tmp_path / "absent")
     empty = tmp_path / "empty"
@@ -186,14 +193,14 @@ def test_write_report_refuses_what_is_no_run(run, tmp_path, capsys):
         write_report(run)
 
 
-def test_write_report_refuses_a_truncated_completions_file(run):
+def test_write_report_refuses_a_truncated_completions_file(run, no_curves):
     (path,) = (run / "completions").iterdir()
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match=path.name):
         write_report(run)
 
 
-def test_report_command_prints_the_page(run, capsys):
+def test_report_command_prints_the_page(run, capsys, no_curves):
     cli(["report", str(run)])
     assert capsys.readouterr().out.strip() == str((run / "report" / "report.html").resolve())
 

@@ -134,6 +134,8 @@ class Reward:
         if completions is None:
             raise InputError(f"{self.name}: completions: expected a list, got None")
         size = len(completions)
+        if prompts is not None:
+            columns["prompts"] = prompts
         given = self._columns(columns, size)
         extra = {k: columns.get(k) for k in self._run_kwargs}
         if self.compat == "fixed":

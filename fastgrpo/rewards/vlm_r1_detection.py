@@ -118,8 +118,8 @@ def weighted_sum(
             float(t == "none") if s == "none" else detection_score(t, s, iou_threshold, *weights)
             for t, s in cleaned
         ]
-    values, preds, gts, rows = _read_rows(texts, solution, note, _last_answer_or_all)
-    pairs = overlaps(preds, gts, same=_folded)
+    values, preds, gts, rows = read_rows(texts, solution, note, _last_answer_or_all)
+    pairs = overlaps(preds, gts, same=folded)
     found = match(pairs, threshold=iou_threshold, same_label=True)
     num_pred, num_gt = pairs.pred_sizes, pairs.gt_sizes
     matched = np.bincount(found.row, minlength=len(rows))
@@ -127,22 +127,22 @@ def weighted_sum(
     position, label = ious / np.maximum(num_gt, 1), matched / np.maximum(num_gt, 1)
     whole = completeness(num_pred, num_gt, matched)
     score = (alpha * position + beta * label + gamma * whole) / sum(weights)
-    return _place(values, rows, _where_empty(score, num_pred, num_gt))
+    return place(values, rows, where_empty(score, num_pred, num_gt))
 
 
-def _folded(label: str) -> str:
+def folded(label: str) -> str:
     return label.strip().lower()
 
 
 def _fixed_map(texts, solution, note, score_type, *, length, tags) -> list[float | None]:
     read = _last_answer if tags else str
-    values, preds, gts, rows = _read_rows(texts, solution, note, read)
+    values, preds, gts, rows = read_rows(texts, solution, note, read)
     thresholds = COCO if score_type == 0 else COCO[:1]
     pairs = overlaps(preds, gts)
     score = operating_point_ap(pairs, preds, gts, thresholds)
     if length:
         score = score * np.minimum(1, pairs.gt_sizes / np.maximum(pairs.pred_sizes, 1))
-    return _place(values, rows, _where_empty(score, pairs.pred_sizes, pairs.gt_sizes))
+    return place(values, rows, where_empty(score, pairs.pred_sizes, pairs.gt_sizes))
 
 
 def operating_point_ap(
@@ -193,7 +193,7 @@ def _last_answer_or_all(text: str) -> str:
     return text if content is None else content
 
 
-def _read_rows(texts, solutions, note: Note, read):
+def read_rows(texts, solutions, note: Note, read):
     """Values so far, and the detections and row numbers of those still to be scored."""
     values: list[float | None] = [0.0] * len(texts)
     preds, gts, rows = [], [], []
@@ -231,12 +231,12 @@ def read_solution(solution: Any) -> Detections:
     return gt
 
 
-def _where_empty(score, num_pred, num_gt) -> np.ndarray:
+def where_empty(score, num_pred, num_gt) -> np.ndarray:
     score = np.where((num_pred == 0) != (num_gt == 0), 0.0, score)
     return np.where((num_pred == 0) & (num_gt == 0), 1.0, score)
 
 
-def _place(values, rows, scores) -> list[float | None]:
+def place(values, rows, scores) -> list[float | None]:
     for row, score in zip(rows, scores.tolist(), strict=True):
         values[row] = score
     return values

@@ -456,6 +456,24 @@ def test_accelerate_keeps_a_subclass_methods(checkpoint, tmp_path):
         accelerate(trainer)
 
 
+def test_a_subclass_of_ours_may_override_what_we_override(checkpoint, tmp_path):
+    class Doubled(FastGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            return output | {"advantages": 2 * output["advantages"]}
+
+    runs = [
+        build_trainer(cls, checkpoint, tmp_path, max_steps=1, beta=0.0)
+        for cls in (FastGRPOTrainer, Doubled)
+    ]
+    norms = []
+    for trainer in runs:
+        torch.manual_seed(0)
+        trainer.train()
+        norms.append(steps_of(trainer)[0]["grad_norm"])
+    assert norms[1] == pytest.approx(2 * norms[0], rel=1e-4)
+
+
 def test_the_self_check_stops_a_run_whose_numbers_differ(checkpoint, tmp_path, monkeypatch):
     from fastgrpo.integrations.trl import trainer as module
 

@@ -42,7 +42,8 @@ def fault_of(checkpoint: Path, step: int | None = None) -> str | None:
         return f"{state.name} is not of step {step}"
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     weights = [path for path in files if path.suffix == ".safetensors"]
-    if not weights and not any(path.suffix in (".bin", ".distcp") for path in files):
+    others = [p for p in files if p.suffix in (".bin", ".distcp") and p.name != "training_args.bin"]
+    if not weights and not others:
         return "no weights"
     for index in checkpoint.glob("*.safetensors.index.json"):
         try:

@@ -72,7 +72,6 @@ def complete(
         repetition_penalty=1.0,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"]),
     )
     texts = []
     for start in range(0, len(rows), BATCH_SIZE):

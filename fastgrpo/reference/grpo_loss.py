@@ -218,8 +218,7 @@ def policy_term(row: _Row) -> torch.Tensor:
         row.metrics["cispo_clip"] = (r > high) & (A > 0)
         return -r.clamp(low, high) * A * logp
     if name == "sapo":
-        hot, cold = obj.sapo_temperature_pos, obj.sapo_temperature_neg
-        tau = torch.where(A > 0, hot, cold).to(A.dtype)
+        tau = _by_sign(A > 0, A, obj.sapo_temperature_pos, obj.sapo_temperature_neg)
         return -A * torch.sigmoid(tau * (row.ratio - 1.0)) * 4.0 / tau
     if name == "vespo":
         return _vespo(row)
@@ -228,6 +227,11 @@ def policy_term(row: _Row) -> torch.Tensor:
     if name == "dro":
         return -(logp * A - 0.5 * obj.dro_beta * row.k**2)
     return -logp * A  # gpg, reinforce
+
+
+def _by_sign(positive: torch.Tensor, like: torch.Tensor, yes: float, no: float) -> torch.Tensor:
+    """yes where positive, else no, in the dtype of `like` (of two floats where() is float32)."""
+    return torch.where(positive, torch.full_like(like, yes), torch.full_like(like, no))
 
 
 def _clipped(row: _Row, ratio: torch.Tensor) -> torch.Tensor:
@@ -260,9 +264,8 @@ def _vespo(row: _Row) -> torch.Tensor:
     if row.weights is not None:
         log_w = log_w + row.sequence_sum(row.weights.log().clamp(_VESPO_LOW, 20.0))
     log_w = log_w.clamp(_VESPO_LOW, 20.0)[row.seq_ids]
-    k = torch.where(A >= 0, obj.vespo_k_pos, obj.vespo_k_neg).to(A.dtype)
-    lam = torch.where(A >= 0, obj.vespo_lambda_pos, obj.vespo_lambda_neg).to(A.dtype)
-    lam = lam.clamp(min=1e-4)
+    k = _by_sign(A >= 0, A, obj.vespo_k_pos, obj.vespo_k_neg)
+    lam = _by_sign(A >= 0, A, obj.vespo_lambda_pos, obj.vespo_lambda_neg).clamp(min=1e-4)
     phi = torch.exp(lam + k * log_w - lam * log_w.exp()).nan_to_num(0.0, posinf=0.0, neginf=0.0)
     row.metrics["phi"] = phi
     return -phi * A * row.logp

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.head import effective_head, replaced_head, under_autocast
 from fastgrpo.ops.gather_rows import gather_rows
 from fastgrpo.packing.row import PackedRow
-from fastgrpo.packing.vision import FeatureStore, shared_features
+from fastgrpo.packing.vision import FeatureStore, idle_tower, shared_features
 
 
 def forward_row(
@@ -51,11 +52,26 @@ def distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def extra_forwards(adapter: Adapter, rows: Sequence[PackedRow]) -> int:
+    """How many more rows the busiest rank has: a sharded model's forwards are collective, so this
+    rank repeats its last row as often, to no effect."""
+    if not distributed():
+        return 0
+    most = torch.tensor(len(rows), device=adapter.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    if not rows and int(most):
+        raise InputError("this rank has no completion with a token, while other ranks have some")
+    return int(most) - len(rows)
+
+
 @contextlib.contextmanager
 def row_images(adapter: Adapter, row: PackedRow, store: FeatureStore):
     """The vision arguments of the forward: each distinct image that is not in the store yet."""
     if not row.image_ids:
-        yield {}
+        # A rank without images joins the other ranks in the tower's collectives.
+        idle = adapter.family.images and distributed()
+        with idle_tower(adapter.core) if idle else contextlib.nullcontext({}) as inputs:
+            yield inputs
         return
     encoded = store.missing(row.image_ids)
     inputs = row.images.inputs(encoded, adapter.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgrpo.engine.forward import feature_store, forward_row
+from fastgrpo.engine.forward import extra_forwards, feature_store, forward_row
 from fastgrpo.engine.self_check import self_check as run_self_check
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
@@ -69,6 +69,10 @@ def score(
         for column, field in zip(columns, ("logp", "entropy"), strict=False):
             for (g, c), value in zip(row.members, column.split(row.lengths), strict=True):
                 getattr(results[g], field)[c] = value
+    for _ in range(extra_forwards(adapter, rows)):
+        idle = score_row(adapter, rows[-1], temperature, outputs, store)[0]
+        g, c = rows[-1].members[0]
+        results[g].logp[c] = results[g].logp[c] + idle[:0].sum()  # part of any backward
     if "entropy" not in outputs:
         for result in results:
             result.entropy = None

@@ -15,6 +15,7 @@ from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing.group import Group
 from fastgrpo.packing.planner import Part
 from fastgrpo.packing.row import PackedRow, check_prompt
+from fastgrpo.packing.vision import idle_tower
 
 # Largest mean difference of log-probs, in nats. Rounding gives about 1e-6 in float32 and 1e-2 in
 # bfloat16; a wrong mask or position gives whole nats.
@@ -86,11 +87,14 @@ def _plain_logp(adapter: Adapter, group: Group, completion: Tensor) -> Tensor:
     device = adapter.device
     ids = torch.cat([group.prompt_ids, completion])[None].to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    if "pixel_values" in group.vision:
-        inputs |= {key: group.vision[key].to(device) for key in adapter.family.images}
+    if adapter.family.images:
         image, video = adapter.placeholders
         inputs["mm_token_type_ids"] = (ids == image).int() + 2 * (ids == video).int()
-    output = adapter.root(**inputs, logits_to_keep=completion.numel() + 1)
+        if group.vision:
+            inputs |= {key: group.vision[key].to(device) for key in adapter.family.images}
+    idle = "pixel_values" not in inputs and adapter.family.images and distributed()
+    with idle_tower(adapter.core) if idle else contextlib.nullcontext({}) as images:
+        output = adapter.root(**inputs, **images, logits_to_keep=completion.numel() + 1)
     logits = (output.logits if hasattr(output, "logits") else output[0])[0, :-1]
     wide = logits if logits.dtype == torch.float64 else logits.float()
     logp = torch.log_softmax(wide, -1).gather(-1, completion.to(device)[:, None])[:, 0]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastgrpo.engine.forward import distributed, feature_store, forward_row
+from fastgrpo.engine.forward import distributed, extra_forwards, feature_store, forward_row
 from fastgrpo.engine.score import neutral_id, pack, score_row
 from fastgrpo.engine.self_check import self_check as run_self_check
 from fastgrpo.errors import InputError
@@ -107,6 +107,10 @@ class GRPOStep:
             num_sequences = sum(len(group.completions) for group in groups)
         totals = {"num_tokens": float(num_tokens), "num_sequences": float(num_sequences)}
 
+        extra = extra_forwards(adapter, rows)
+        rows += rows[-1:] * extra
+        batches += [batches[-1] | {"mask": torch.zeros_like(batches[-1]["mask"])}] * extra
+
         results = [self._idle_loss(skipped, totals)] if skip else []
         store = feature_store(rows, detach=True, every=self._shares_tower(groups))
         references = self._reference_logp(groups, rows, store)
@@ -117,6 +121,7 @@ class GRPOStep:
             loss.backward()
             results.append(result)
         store.backward()
+        results = results[: len(results) - extra]
         return self._metrics(results, groups, idle)
 
     def _row_loss(self, row: PackedRow, batch: dict, store: FeatureStore):

@@ -123,16 +123,45 @@ def shared_features(
             store.whole = any(isinstance(layer, Tensor) for layer in _deep(output))
             for image, features in zip(encoded, _per_image(output), strict=True):
                 fresh[image] = store.put(image, features)
-        chosen = [fresh[i] if i in fresh else store.get(i) for i in ids]
-        pooled, *layers = zip(*chosen, strict=True)
-        layers = [torch.cat(layer) if store.whole else layer for layer in layers]
-        return SimpleNamespace(pooler_output=pooled, deepstack_features=layers)
+        return _joined([fresh[i] if i in fresh else store.get(i) for i in ids], store.whole)
 
     owner.get_image_features = get_image_features
     try:
         yield
     finally:
         del owner.get_image_features
+
+
+@contextlib.contextmanager
+def idle_tower(core) -> Iterator[dict[str, Tensor]]:
+    """Inside, a forward given these inputs runs the tower on one blank image and uses nothing of
+    it: its parameters get zero gradients, and its collectives run."""
+    config, owner = core.config.vision_config, core.model
+    original = owner.get_image_features
+
+    def get_image_features(pixel_values, image_grid_thw=None, **kwargs):
+        output = original(pixel_values, image_grid_thw, **kwargs)
+        whole = any(isinstance(layer, Tensor) for layer in _deep(output))
+        return _joined([[f[:0] for f in features] for features in _per_image(output)], whole)
+
+    side = config.spatial_merge_size
+    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    parameter = next(core.parameters())
+    owner.get_image_features = get_image_features
+    try:
+        yield {
+            "pixel_values": torch.zeros(side * side, width, device=parameter.device),
+            "image_grid_thw": torch.tensor([[1, side, side]], device=parameter.device),
+        }
+    finally:
+        del owner.get_image_features
+
+
+def _joined(features: list[list[Tensor]], whole: bool) -> SimpleNamespace:
+    """What the model reads of `get_image_features`, from each image's features."""
+    pooled, *layers = zip(*features, strict=True)
+    layers = [torch.cat(layer) if whole else layer for layer in layers]
+    return SimpleNamespace(pooler_output=pooled, deepstack_features=layers)
 
 
 def _per_image(output) -> list[list[Tensor]]:

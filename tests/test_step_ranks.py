@@ -1,0 +1,83 @@
+"""GRPOStep on two FSDP2 ranks with unequal work: one has images and more rows, the other none."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastgrpo as fg
+from fastgrpo.testing import models as tm
+
+
+def test_a_rank_without_images_runs_an_idle_tower(monkeypatch):
+    """What ranks do, in one process: same log-probs, the tower runs and gets zero gradients."""
+    for family in tm.VLM_FAMILIES:
+        model = tm.tiny_model(family)
+        groups = tm.synthetic_groups(model, [((), 5, (3, 2))])
+        weights = tm.random_weights(groups)
+        tm.weighted_sum(tm.naive_logp(model, groups), weights).backward()
+        want = tm.take_grads(model)
+        with monkeypatch.context() as patch:
+            patch.setattr("fastgrpo.engine.forward.distributed", lambda: True)
+            module = importlib.import_module("fastgrpo.engine.score")
+            patch.setattr(module, "extra_forwards", lambda adapter, rows: 2)
+            got = [s.logp for s in fg.score(model, groups)]
+        assert "get_image_features" not in vars(model.model)
+        tm.weighted_sum(got, weights).backward()
+        grads = tm.take_grads(model)
+        tower = [g for n, g in grads.items() if ".visual." in n]
+        assert tower and all(g is not None and not g.any() for g in tower)
+        assert tm.grad_error(grads, want)[0] <= 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ("qwen2_5_vl", "qwen3_vl"))
+def test_two_ranks_with_unequal_work(tmp_path, family):
+    command = [sys.executable, __file__, str(tmp_path / "store"), family]
+    workers = [
+        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        errors = [worker.communicate(timeout=240)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+
+
+def worker(store: str, family: str, rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    dist = torch.distributed
+    torch.set_num_threads(1)
+    model = tm.tiny_model(family)
+    groups = tm.synthetic_groups(model)
+    obj = fg.Objective(loss_type="grpo")
+    fg.GRPOStep(model, obj)(groups)
+    want = tm.take_grads(model)
+
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    for block in [*model.model.language_model.layers, *model.model.visual.blocks]:
+        fully_shard(block)
+    fully_shard(model)
+    mine = groups[3:] if rank else groups[:3]  # the last group is text only
+    step = fg.GRPOStep(model, obj, max_tokens=41)
+    step(
+        mine,
+        num_tokens=sum(sum(g.lengths) for g in groups),
+        num_sequences=sum(len(g.lengths) for g in groups),
+    )
+    # FSDP averages over the two ranks; the step's loss is their sum
+    got = {n: 2 * g.full_tensor() for n, g in tm.take_grads(model).items()}
+    error, where = tm.grad_error(got, want)
+    dist.destroy_process_group()
+    assert error <= 2e-5, (where, error)
+
+
+if __name__ == "__main__":
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
+    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -297,3 +297,39 @@ def test_refuses_bad_settings():
         judges.HTTPJudge("http://127.0.0.1:9", "m", chat, tries=0)
     with pytest.raises(InputError, match="batch_size"):
         judges.ModelReward(lambda t: t, batch_size=0)
+
+
+def test_implicit_process_reward_scores_then_learns_to_prefer_what_wins():
+    torch.manual_seed(0)
+    policy, reference = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+    reference.load_state_dict(policy.state_dict())
+
+    def logp(model, prompts, completions):
+        return [
+            -torch.nn.functional.softplus(model(torch.eye(3)[: len(c)])[:, 0]) for c in completions
+        ]
+
+    def rule(prompts, completions, **columns):
+        return [1.0, 0.0, 1.0, None]
+
+    reward = judges.ImplicitProcessReward(
+        policy, reference, logp, rule, torch.optim.SGD(policy.parameters(), lr=1.0), group_size=2
+    )
+    texts = ["a", "ab", "abc", "a"]
+    assert reward(["q"] * 4, texts) == [0.0] * 4  # phi starts as the reference
+    for _ in range(20):
+        after = reward(["q"] * 4, texts)
+    assert after[0] > after[1]
+    assert reward.losses[-1] < reward.losses[0]
+    assert all(p.grad is None for p in reference.parameters())
+
+
+def test_fit_preferences_lowers_the_loss_and_repeats():
+    pairs = [("aza", "ab"), ("z", "b"), ("zz", "ac"), ("cz", "c")]
+    runs = []
+    for _ in range(2):
+        model, score = scorer()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        runs.append(judges.fit_preferences(score, pairs, optimizer, batch_size=3, epochs=10))
+    assert runs[0] == runs[1] and len(runs[0]) == 20
+    assert runs[0][-1] < runs[0][0]

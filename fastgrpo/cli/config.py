@@ -17,6 +17,9 @@ def _option(default, help: str):
 class FastGRPOConfig(GRPOConfig):
     """GRPOConfig with the data, rewards and acceleration of `fastgrpo train`."""
 
+    recipe: str | None = _option(
+        None, "A published system: its rewards, advantage rule and settings, see fastgrpo.recipes."
+    )
     data_file_paths: str | None = _option(None, "VLM-R1 JSONL files, ':' between them.")
     image_folders: str | None = _option(None, "One image folder per data file, ':' between them.")
     reward_method: str | None = _option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import logging
@@ -11,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+import yaml
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from fastgrpo import rewards
+from fastgrpo import recipes, rewards
 from fastgrpo.cli.checkpoints import fault_of, newest_complete
 from fastgrpo.cli.config import FastGRPOConfig
 from fastgrpo.data import load_vlm_r1, split_validation
@@ -57,6 +59,9 @@ def parse(arguments: list[str] | None = None) -> tuple[FastGRPOConfig, ModelConf
     parser = TrlParser((FastGRPOConfig, ModelConfig), prog="fastgrpo train")
     # Dropout draws one mask for a prompt shared by G completions, so the engine refuses it.
     parser.set_defaults(lora_dropout=0.0)
+    name = _recipe_name(arguments)
+    if name is not None:
+        parser.set_defaults(**recipes.load(name).config)
     config, model_config = parser.parse_args_and_config(arguments)
     for name in ("data_file_paths", "image_folders"):
         if getattr(config, name) is None:
@@ -75,17 +80,16 @@ def parse(arguments: list[str] | None = None) -> tuple[FastGRPOConfig, ModelConf
 
 def build_trainer(config: FastGRPOConfig, model_config: ModelConfig) -> FastGRPOTrainer:
     """The trainer with its model, data and rewards, ready to train."""
-    reward_funcs = [find_reward(name, config.reward_compat) for name in config.reward_funcs]
     train, validation = load_data(config)
+    trainer_class, settings = _trainer_settings(config)
     config.model_init_kwargs = {
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,
         "dtype": model_config.dtype or "float32",
     } | (config.model_init_kwargs or {})
     options = {option.name: getattr(config, option.name) for option in fields(FastOptions)}
-    trainer = FastGRPOTrainer(
+    trainer = trainer_class(
         model=model_config.model_name_or_path,
-        reward_funcs=reward_funcs,
         args=config,
         train_dataset=train,
         eval_dataset=validation if config.eval_strategy != "no" else None,
@@ -93,10 +97,43 @@ def build_trainer(config: FastGRPOConfig, model_config: ModelConfig) -> FastGRPO
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
         fast=options,
+        **settings,
     )
     if config.freeze_vision:
         _vision_tower(trainer.model).requires_grad_(False)
     return trainer
+
+
+def _recipe_name(arguments: list[str] | None) -> str | None:
+    """`--recipe` on the command line, else `recipe` in the `--config` file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe")
+    parser.add_argument("--config")
+    given, _ = parser.parse_known_args(arguments)
+    if given.recipe is None and given.config is not None:
+        data = yaml.safe_load(Path(given.config).read_text("utf-8"))
+        return data.get("recipe") if isinstance(data, dict) else None
+    return given.recipe
+
+
+def _trainer_settings(config: FastGRPOConfig) -> tuple[type[FastGRPOTrainer], dict]:
+    """The trainer class and its rewards: those named, or a recipe's with its rules."""
+    if config.recipe is None:
+        functions = [find_reward(name, config.reward_compat) for name in config.reward_funcs]
+        return FastGRPOTrainer, {"reward_funcs": functions}
+    from fastgrpo.integrations.trl.recipe import RecipeTrainer
+    from fastgrpo.recipes.rewards import build_reward
+
+    recipe = recipes.load(config.recipe)
+    if config.reward_weights is None:
+        config.reward_weights = recipe.weights
+    return RecipeTrainer, {
+        "reward_funcs": [
+            build_reward(spec, group_size=config.num_generations) for spec in recipe.rewards
+        ],
+        "rule": recipe.advantages,
+        "perception": recipe.perception,
+    }
 
 
 def load_data(config: FastGRPOConfig):

@@ -9,9 +9,11 @@ from fastgrpo.judges.likelihood import (
 )
 from fastgrpo.judges.model import (
     CoTrainedReward,
+    ImplicitProcessReward,
     ModelReward,
     ScalarRewardModel,
     bradley_terry_loss,
+    fit_preferences,
     group_pairs,
 )
 from fastgrpo.judges.second_pass import SecondPass

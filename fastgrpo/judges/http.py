@@ -129,11 +129,15 @@ class HTTPJudge:
         self, prompts: Sequence, completions: Sequence, **columns: Any
     ) -> list[float | None]:
         """Scores in the order of ``completions``."""
+        return [self._score(text) for text in self.replies(prompts, completions, **columns)]
+
+    def replies(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[str | None]:
+        """What the judge said to each completion; None where it did not answer."""
         futures = [self._submit(r) for r in self._requests(prompts, completions, columns)]
-        scores = [self._score(f.result()) for f in futures]
+        texts = [f.result() for f in futures]
         with self._lock:
             self._pending = {k: f for k, f in self._pending.items() if not f.done()}
-        return scores
+        return texts
 
     def close(self) -> None:
         """Drop queued requests, close connections and the cache."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.advantages.steps import trajectory_preference_loss
 from fastgrpo.errors import InputError
 from fastgrpo.judges.text import completion_text
 
@@ -176,6 +177,97 @@ class CoTrainedReward:
         nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
         self._optimizer.step()
         self.losses.append(loss.item())
+
+
+class ImplicitProcessReward:
+    """OPRL / iStar: the reward of a turn is beta sum_t log(pi_phi / pi_ref), phi trained in loop.
+
+    ``logp(model, prompts, completions) -> list of (C_i,)`` gives per-token log-probs,
+    differentiable in ``model``; ``reference`` stays frozen. After scoring a batch, phi takes one
+    step on ``trajectory_preference_loss`` of each group: completions that ``rule`` calls right
+    (> 0.5) win over those it calls wrong. Source: Tongyi-ConvAI/Tongyi-Character, ``istar``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: nn.Module,
+        logp: Callable[..., list[Tensor]],
+        rule: Callable[..., list[float | None]],
+        optimizer: torch.optim.Optimizer,
+        *,
+        group_size: int,
+        beta: float = 0.05,
+        max_grad_norm: float = 10.0,
+        name: str = "implicit_process_reward",
+    ) -> None:
+        self._model, self._reference, self._logp = model, reference, logp
+        self._rule, self._optimizer, self._group_size = rule, optimizer, group_size
+        self._beta, self._max_grad_norm = beta, max_grad_norm
+        self.name = self.__name__ = name
+        self.columns = tuple(getattr(rule, "columns", ()))
+        self.range = (-float("inf"), float("inf"))
+        self.losses: list[float] = []
+
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
+        """Step rewards of this batch; then phi learns from it."""
+        with torch.no_grad():
+            frozen = self._logp(self._reference, prompts, completions)
+        with torch.enable_grad():
+            policy = self._logp(self._model, prompts, completions)
+            ratios = [self._beta * (p - f) for p, f in zip(policy, frozen, strict=True)]
+            values = self._rule(prompts=prompts, completions=completions, **columns)
+            self._learn(ratios, values)
+        return [r.detach().sum().item() for r in ratios]
+
+    def _learn(self, ratios: list[Tensor], values: list[float | None]) -> None:
+        losses = []
+        for start in range(0, len(ratios), self._group_size):
+            rows = [i for i in range(start, start + self._group_size) if values[i] is not None]
+            won = [values[i] > 0.5 for i in rows]
+            if any(won) and not all(won):
+                tokens = torch.cat([ratios[i] for i in rows])
+                lengths = [len(ratios[i]) for i in rows]
+                losses.append(trajectory_preference_loss(tokens, lengths, rows, won))
+        if not losses:
+            return
+        loss = torch.stack(losses).mean()
+        self._optimizer.zero_grad()
+        loss.backward()
+        parameters = [p for g in self._optimizer.param_groups for p in g["params"]]
+        nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
+        self._optimizer.step()
+        self.losses.append(loss.item())
+
+
+def fit_preferences(
+    score: Callable[[list[str]], Tensor],
+    pairs: Sequence[tuple[str, str]],
+    optimizer: torch.optim.Optimizer,
+    *,
+    batch_size: int = 8,
+    epochs: int = 1,
+    seed: int = 0,
+) -> list[float]:
+    """Train a scalar reward model on (chosen, rejected) texts; the loss of every step.
+
+    ``score(texts) -> (B,)`` is differentiable; the loss is ``bradley_terry_loss`` (BaseReward).
+    Pairs are shuffled anew each epoch by ``seed``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(epochs):
+        order = torch.randperm(len(pairs), generator=generator).tolist()
+        for start in range(0, len(order), batch_size):
+            batch = [pairs[i] for i in order[start : start + batch_size]]
+            chosen, rejected = zip(*batch, strict=True)
+            scores = score([*chosen, *rejected])
+            loss = bradley_terry_loss(*scores.split(len(chosen)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
 
 
 def group_pairs(texts: list[str], values: list, group_size: int) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-CHARACTERS = "0123456789[](),.<>/?: \nabcdefghijklmnopqrstuvwxyzA"
+CHARACTERS = "0123456789[](),.<>/?: \nabcdefghijklmnopqrstuvwxyzA+-"
 PAD, EOS, START, UNKNOWN = "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|unknown|>"
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}<|im_start|>{{ message.role }}\n"

@@ -64,18 +64,14 @@ class RecipeTrainer(FastGRPOTrainer):
 
     def _generate(self, prompts: list):
         generated = super()._generate(prompts)
-        if self._prefetchers:
-            self._start_rewards(prompts, generated)
+        if self._prefetchers and len(prompts) == len(self._batch_rows):
+            self._start_rewards(prompts, generated[3])
         return generated
 
-    def _start_rewards(self, prompts: list, generated: tuple) -> None:
-        inputs = self._batch_rows
-        if len(inputs) != len(prompts):
-            return
-        completion_ids = generated[1]
-        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
-        columns = {k: [row[k] for row in inputs] for k in inputs[0] if k != "prompt"}
+    def _start_rewards(self, prompts: list, completions: list) -> None:
+        """Hand a batch's completions to the rewards that can work before they are asked."""
+        rows = self._batch_rows
+        columns = {k: [row[k] for row in rows] for k in rows[0] if k != "prompt"}
         for function in self._prefetchers:
             function.prefetch(prompts, completions, **columns)
 

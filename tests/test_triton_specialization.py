@@ -1,0 +1,103 @@
+"""Scalars and lengths never recompile a kernel: launches that differ in them share one cache key.
+
+The launchers run for real up to the launch, which is recorded in place of a GPU.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from fastgrpo_kernels.box_iou import pairwise_box_iou
+from fastgrpo_kernels.group_advantages import group_advantages
+from fastgrpo_kernels.grpo_loss import grpo_terms
+from fastgrpo_kernels.linear_kl import kl_of_logits, logit_gradients_
+from fastgrpo_kernels.offset_exp import offset_exp
+from fastgrpo_kernels.token_kl import token_kl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from fastgrpo.objective import Objective
+from fastgrpo.reference.grpo_loss import Scales, Tokens
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    """The cache keys of the launches made so far."""
+    found = set()
+    backend = CUDABackend(GPUTarget("cuda", 90, 32))
+
+    def record(self, *args, grid, warmup, **kwargs):
+        bind = create_function_from_signature(self.signature, self.params, backend)
+        _, specialization, options = bind(*args, **kwargs)
+        found.add((self.__name__, repr(specialization), repr(sorted(options.items()))))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offset_exp_compiles_once(keys, dtype):
+    for C, scale, softcap, temperature in ((1, 1.0, 30.0, 1.0), (16, 0.5, 1.0, 0.7), (7, 2, 8, 2)):
+        offset_exp(
+            torch.zeros(C, 64),
+            torch.zeros(C, dtype=torch.long),
+            inv_temperature=torch.full((C,), float(temperature)),
+            logit_scale=scale,
+            softcap=softcap,
+            exp_dtype=dtype,
+        )
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_grpo_loss_compiles_once(keys, level):
+    for N, B, epsilon, beta, delta in (
+        (1, 1, 0.2, 0.04, 1.5),
+        (16, 2, 1, 1, 2),
+        (33, 5, 0.0, 2, 9),
+    ):
+        obj = Objective(
+            "grpo", level, epsilon=epsilon, beta=beta, delta=delta, log_ratio_clamp=N + 1
+        )
+        zeros = torch.zeros(N)
+        ids = torch.arange(N) % B
+        t = Tokens(zeros, zeros, ids.sort()[0], torch.ones(N, dtype=torch.bool), zeros, zeros)
+        names = ["policy_loss", "kl"]
+        grpo_terms(t, obj, B, Scales(zeros, torch.tensor(1.0)), (), float(N), names)
+    assert len(keys) == 1
+
+
+def test_token_kl_compiles_once(keys):
+    for N, clamp, limit in ((1, 20.0, None), (16, 1, 10), (4097, 3.5, 1.0)):
+        token_kl(torch.zeros(N), torch.zeros(N), "k3", clamp, limit)
+    assert len(keys) == 1
+
+
+def test_linear_kl_compiles_once(keys):
+    for C in (1, 16, 33):
+        z = torch.zeros(C, 48)
+        kl_of_logits(z, z.clone())
+        logit_gradients_(z, z.clone(), torch.zeros(C), torch.zeros(C))
+    assert len(keys) == 2
+
+
+def test_group_advantages_compiles_once_per_tile_width(keys):
+    for sizes, eps in (([3], 1e-4), ([1] * 16, 1), ([64, 2], 0.5), ([0, 5], 1e-6)):
+        group_advantages(torch.zeros(sum(sizes)), torch.tensor(sizes), eps=eps)
+    assert len(keys) == 1
+    group_advantages(torch.zeros(300), torch.tensor([300]))
+    assert len(keys) == 2
+
+
+def test_pairwise_box_iou_compiles_once_per_tile_width(keys):
+    for n, m in ((9, 1), (16, 33), (100, 20)):
+        a, b = torch.rand(n, 4).requires_grad_(), torch.rand(m, 4).requires_grad_()
+        value = pairwise_box_iou(a, b, [n], [m], kind="giou", convention="continuous")
+        value.sum().backward()
+    assert len(keys) == 3  # values, and the gradients of either side

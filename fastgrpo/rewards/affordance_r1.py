@@ -15,6 +15,7 @@ from fastgrpo.rewards.text import MAX_JSON, SPACE, answer, pattern
 
 SOURCE = "hq-King/Affordance-R1@d040e27"
 MAX_OBJECTS = 120
+MAX_REPEATED = 1 << 16
 Similarity = Callable[[list[str], str], float]
 
 _FAULTS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
@@ -174,8 +175,10 @@ def _parts(item: Any, compat: str) -> list[bool]:
 def non_repeat(text: str, *, compat: str) -> float:
     """0 when sentences (between full stops) repeat twice or more, else 1.
 
-    Source: hq-King/Affordance-R1@d040e27, `aff_r1_score_non_repeat_reward`; both modes the same.
+    Source: hq-King/Affordance-R1@d040e27, `aff_r1_score_non_repeat_reward`. "fixed" looks at the
+    last 65,536 characters.
     """
+    text = text if compat == "upstream" else text[-MAX_REPEATED:]
     sentences = [s for s in map(str.strip, text.split(".")) if s]
     return float(len(sentences) - len(set(sentences)) < 2)
 

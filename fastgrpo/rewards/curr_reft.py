@@ -266,4 +266,5 @@ def format_reward(text: str, *, task: str | None = None, compat: str) -> float:
     content = think_then_answer(text)
     if content is None:
         return 0.0
-    return float(task != "detection" or pattern(rf"\{{.*{_BOX}.*\}}").search(content) is not None)
+    boxed = rf"\{{.*{_BOX}.*\}}".replace("(", "(?:")
+    return float(task != "detection" or pattern(boxed).search(content) is not None)

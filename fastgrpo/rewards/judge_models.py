@@ -12,6 +12,7 @@ RM_R1 = "RM-R1-UIUC/RM-R1@d4c2542"
 UNIFIED = "CodeGoat24/UnifiedReward@ff6f520"
 ARM = "InternLM/ARM-Thinker@96b1baf"
 MAX_ANSWER = 8192
+MAX_VERDICT = 1024
 
 
 @reward("rm_r1/answer", columns=("solution",), range=(-1.0, 1.0), source=RM_R1)
@@ -93,7 +94,8 @@ def arm_thinker(text: str, *, solution: Any, compat: str) -> float:
     opened = last.lower().find("<answer>") + len("<answer>")
     said = last[opened : last.lower().rfind("</answer>")].strip()
     verdict = None
-    for found in pattern(_CHOICE).finditer(said[-MAX_ANSWER:]):
+    said_end = said if compat == "upstream" else said[-MAX_VERDICT:]
+    for found in pattern(_CHOICE).finditer(said_end):
         verdict = found.group(1)
     said = verdict if verdict is not None else said.lower()
     right = said == str(solution).strip().lower()

@@ -15,6 +15,7 @@ PR1 = "linkangheng/PR1@48d5558"
 XIAO = "tongxiao2002/Perception-R1@c47eaf2"
 MAX_ANSWER = 8192
 MAX_JUDGEMENT = 65536
+MAX_REPEATED = 1 << 14
 
 _FLOAT = r"(-?\p{Nd}+(?:\.\p{Nd}+)?)"
 _BLANK = rf"{SPACE}*"
@@ -140,8 +141,9 @@ def ngram_penalty(
     """(1 - distinct / all n-grams of the lower-case words) * `ngram_max_penalty`.
 
     Source: tongxiao2002/Perception-R1@c47eaf2, `ngram_penalty_reward`; the released script uses
-    n = 20. Both modes are the same.
+    n = 20. "fixed" equals "upstream" on the last 16,384 characters.
     """
+    text = text if compat == "upstream" else text[-MAX_REPEATED:]
     penalty = ngram_repetition(text.lower().split(), ngram_size) * ngram_max_penalty
     return penalty if compat == "upstream" else max(penalty, -2.0)
 

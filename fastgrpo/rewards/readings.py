@@ -154,7 +154,7 @@ def vacot(
     constants are ours.
     """
     right = math_reward(text, solution=solution, compat="fixed")
-    length = len(completion_ids) if completion_ids is not None else len(text.split())
+    length = len(completion_ids) if completion_ids is not None else text.count(" ") + 1
     excess = min(max(length / free_length - 1, 0.0), 1.0)
     used = "<tool_call>" in text and bool(tool_needed)
     return right + tool_bonus * right * used - max_penalty * excess
@@ -213,7 +213,7 @@ def harmo_length(
     number = groups(prompts, len(texts))
     lengths = np.array(
         [len(ids) for ids in completion_ids] if completion_ids is not None
-        else [len(text.split()) for text in texts], dtype=float,
+        else [text.count(" ") + 1 for text in texts], dtype=float,
     )  # fmt: skip
     right = np.array([r is not None and r >= 0.5 for r in acc_reward], dtype=bool)
     scores = np.zeros(len(texts))

@@ -19,8 +19,8 @@ from fastgrpo.errors import InputError
 
 log = logging.getLogger("fastgrpo.rewards")
 
-# Longer completions are not read at all: about 250k tokens, far beyond any rollout.
-MAX_CHARS = 1 << 20
+# Longer completions (in UTF-8) are not read at all: about 250k tokens, far beyond any rollout.
+MAX_BYTES = 1 << 20
 
 
 class Unscorable(ValueError):
@@ -174,7 +174,7 @@ class Reward:
             except TEXT_FAULTS:
                 self._count("not_text")
                 continue
-            if len(text) > MAX_CHARS:
+            if _too_long(text):
                 self._count("too_long")
                 continue
             readable.append(i)
@@ -234,9 +234,10 @@ def completion_text(completion: Any) -> str:
     else:
         said = [m for m in completion if m.get("role") == "assistant"] or [completion[-1]]
         text = _content_text(said[-1]["content"])
-    if not text.isascii():
-        # Lone surrogates cannot be encoded; every parser below works on UTF-8.
-        text = text.encode("utf-8", "replace").decode("utf-8")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # lone surrogates; every parser below works on UTF-8
+        text = text.encode("utf-8", "replace").decode()
     return text
 
 
@@ -248,8 +249,13 @@ def _content_text(content: Any) -> str:
     return "".join(part["text"] for part in content if part.get("type") == "text")
 
 
+def _too_long(text: str) -> bool:
+    # At most four bytes per character, so most texts need not be encoded.
+    return len(text) > MAX_BYTES or (4 * len(text) > MAX_BYTES and len(text.encode()) > MAX_BYTES)
+
+
 def _cap(text: str) -> str:
-    return text if len(text) <= MAX_CHARS else ""
+    return "" if _too_long(text) else text
 
 
 def get(name: str, compat: str = "fixed", **params: Any) -> Reward:

@@ -13,6 +13,7 @@ SOURCE = "fscdc/RewardMap@15428ac"
 CITY_WEIGHT = {"easy": 1.0, "middle": 1.2, "hard": 1.5}
 MAX_ANSWER = 16384
 MAX_SECTIONS = 64
+MAX_NAME = 256
 _REPLACED = (
     ("Metro", ""), ("metro", ""), (",", ""), ("*", ""), ("\n", ""), ("'", ""),
     ("Univ.", "University"), ("Univ", "University"), ("Tech.", "Technology"),
@@ -23,6 +24,7 @@ _REPLACED = (
 
 def clean_stop(name: str) -> str:
     """One spelling of a stop: no "station", no brackets, blanks or hyphens, lower case."""
+    name = name[:MAX_NAME]
     for old, new in _REPLACED:
         name = name.replace(old, new)
     name = name.removesuffix("站")

@@ -28,9 +28,9 @@ def iou_3d(a: Sequence[float], b: Sequence[float]) -> float:
     return inter / union if union > 0 else 0.0
 
 
-def read_boxes(text: str) -> list[list[float]]:
-    """Every `box: [x1, y1, z1, x2, y2, z2]` of the text."""
-    boxes = []
+def read_boxes(text: str, limit: int | None = None) -> list[list[float]]:
+    """Every `box: [x1, y1, z1, x2, y2, z2]` of the text, or the first `limit`."""
+    boxes: list[list[float]] = []
     for found in pattern(rf"box:{SPACE}*\[([\p{{Nd}}.,\-{SPACE[1:-1]}]+)\]").finditer(text):
         try:
             box = [float(number.strip()) for number in found.group(1).split(",")]
@@ -38,6 +38,8 @@ def read_boxes(text: str) -> list[list[float]]:
             continue
         if len(box) == 6:
             boxes.append(box)
+        if len(boxes) == limit:
+            break
     return boxes
 
 
@@ -81,7 +83,8 @@ def perception(text: str, *, gt_boxes, compat: str) -> float:
     """
     if compat == "fixed" and len(text) > MAX_TEXT:
         raise Unscorable("text_too_long")
-    said, truth = read_boxes(text), [corners(box) for box in gt_boxes]
+    limit = None if compat == "upstream" else MAX_BOXES + 1
+    said, truth = read_boxes(text, limit), [corners(box) for box in gt_boxes]
     if compat == "upstream":
         if not said or not truth:
             return 0.0

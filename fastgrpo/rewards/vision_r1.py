@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import numpy as np
 from fastgrpo.rewards.boxes import ordered_box
 from fastgrpo.rewards.detection import MAX_BOXES, Detections, match, overlaps
 from fastgrpo.rewards.registry import BadColumn, Unscorable, progress, reward
-from fastgrpo.rewards.text import MAX_JSON, pattern
+from fastgrpo.rewards.text import MAX_JSON, answer, fenced_json, pattern
 
 SOURCE = "jefferyZhan/Griffon@9866875"
 STAGE_STEP = 1500
+MAX_LOOSE = 100  # boxes read by their pattern where the text is no JSON
 _COLUMNS = ("solution",)
 _OPTIONAL = (
     "target_id_maps", "num_instances", "width", "height", "input_widths", "input_heights",
@@ -242,10 +244,16 @@ _ITEM = (
 
 def read_answer(text: str, compat: str) -> Detections:
     """Boxes with x1 < x2 and y1 < y2, whole numbers, from JSON or else from its pattern."""
+    if compat == "fixed":
+        for inner in (answer(text, last=True), fenced_json(text, last=True)):
+            text = text if inner is None else inner.strip()
     if len(text) > MAX_JSON:
         raise Unscorable("text_too_long")
     boxes, labels = [], []
-    for item in _json_items(text):
+    items = _json_items(text)
+    if compat == "fixed" and len(items) > MAX_BOXES:
+        raise Unscorable("too_many_boxes")
+    for item in items:
         box, label = (
             (item.get(k) for k in ("bbox_2d", "label")) if isinstance(item, dict) else (0, 0)
         )
@@ -258,13 +266,12 @@ def read_answer(text: str, compat: str) -> Detections:
                 boxes.append(corners)
                 labels.append(label if isinstance(label, str) else None)
     if not boxes:
-        for match_ in pattern(_ITEM).finditer(text):
+        found = pattern(_ITEM).finditer(text)
+        for match_ in found if compat == "upstream" else islice(found, MAX_LOOSE):
             corners = [int(v) for v in match_.groups()[:4]]
             if corners[0] < corners[2] and corners[1] < corners[3]:
                 boxes.append(corners)
                 labels.append(match_.group(5))
-    if compat == "fixed" and len(boxes) > MAX_BOXES:
-        raise Unscorable("too_many_boxes")
     return Detections(np.array(boxes, dtype=np.float64).reshape(-1, 4), labels)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from fastgrpo.rewards.math_answers import MAX_BOXED, boxed, grade_answer
-from fastgrpo.rewards.registry import reward
+from fastgrpo.rewards.registry import Unscorable, reward
 from fastgrpo.rewards.text import SPACE, pattern
 
 SOURCE = "zli12321/Vision-SR1@4480e08"
+MAX_TEXT = 1 << 16
 _FORMAT = (
     rf"{SPACE}*<description>.*?</description>{SPACE}*<think>.*?</think>{SPACE}*"
     rf"\\boxed\{{.*?\}}{SPACE}*"
@@ -15,7 +16,12 @@ _FORMAT = (
 
 def tight_tags(text: str) -> str:
     """Without the blanks around <, > and /."""
-    return pattern(rf"{SPACE}*([<>/]){SPACE}*").sub(r"\1", text)
+    for char in "<>/":
+        first, *rest = text.split(char)
+        if rest:
+            middle = [part.strip() for part in rest[:-1]]
+            text = char.join([first.rstrip(), *middle, rest[-1].lstrip()])
+    return text
 
 
 def boxed_answer(text: str) -> str:
@@ -29,15 +35,12 @@ def boxed_answer(text: str) -> str:
 def format_reward(text: str, *, compat: str) -> float:
     r"""1 for description, think and a final `\boxed{}`, blanks between them allowed.
 
-    Source: zli12321/Vision-SR1@4480e08, see_think_selfReward `format_reward`; both modes the same
-    (blanks around tags are removed first, as there).
+    Source: zli12321/Vision-SR1@4480e08, see_think_selfReward `format_reward`; blanks around
+    tags are removed first, as there. "fixed": a text beyond 65,536 characters gives 0.
     """
-    return float(pattern(_FORMAT).fullmatch(_tight(text)) is not None)
-
-
-def _tight(text: str) -> str:
-    # The substitution costs microseconds per match; without blanks at tags it changes nothing.
-    return tight_tags(text) if len(text) <= 65536 else text
+    if compat == "fixed" and len(text) > MAX_TEXT:
+        raise Unscorable("text_too_long")
+    return float(pattern(_FORMAT).fullmatch(tight_tags(text)) is not None)
 
 
 @reward("vision_sr1/accuracy", columns=("solution",), source=SOURCE)
@@ -47,7 +50,9 @@ def accuracy(text: str, *, solution: str, compat: str) -> float:
     Source: zli12321/Vision-SR1@4480e08, `accuracy_reward`. "upstream": without a box the answer is
     the text "None". "fixed": then it is wrong.
     """
-    said = boxed_answer(_tight(text))
+    if compat == "fixed":
+        text = text[-MAX_TEXT:]
+    said = boxed_answer(tight_tags(text))
     if compat == "fixed" and said == "None" and "\\boxed{None}" not in text:
         return 0.0
     return float(grade_answer(said, str(solution)))

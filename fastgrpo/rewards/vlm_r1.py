@@ -197,4 +197,5 @@ def format_rec(text: str, *, family: str = "qwen", compat: str) -> float:
     if content is None:
         return 0.0
     wanted = rf"\{{.*{_BOX}.*\}}" if family == "qwen" else _BOX
-    return float(pattern(wanted).search(content) is not None)
+    # Without groups: what is asked is only whether there is a match.
+    return float(pattern(wanted.replace("([", "(?:[")).search(content) is not None)

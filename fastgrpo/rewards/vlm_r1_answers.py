@@ -9,6 +9,7 @@ from typing import Any
 
 from fastgrpo.errors import InputError
 from fastgrpo.rewards import math_pool
+from fastgrpo.rewards.detection import MAX_BOXES
 from fastgrpo.rewards.math_answers import boxed, numbers_equal, same_latex
 from fastgrpo.rewards.registry import BadColumn, Unscorable, guarded, reward
 from fastgrpo.rewards.text import (
@@ -26,6 +27,7 @@ from fastgrpo.rewards.text import (
 from fastgrpo.rewards.vlm_r1 import SOURCE
 from fastgrpo.rewards.vlm_r1_detection import map_reward, od_reward, weighted_sum
 
+MAX_REPEATED = 1 << 14
 # An answer is a few words; a longer one is not worth a quadratic comparison.
 MAX_ANSWER = 8192
 
@@ -86,10 +88,18 @@ def lone_letter(text: str) -> str | None:
     stripped = text.strip("().[]{}:;,!。 \t\r\n$*")
     if len(stripped) == 1 and stripped.isascii() and stripped.isalpha():
         return stripped.upper()
-    found = None
-    for match in pattern(r"(?:^|[^0-9A-Za-z_'])([A-Z])(?:[^0-9A-Za-z_']|$)").finditer(text):
-        found = match.group(1)
-    return found
+    for i in range(len(text) - 1, -1, -1):
+        if text[i] in _LETTERS and not (_joins(text[i - 1 : i]) or _joins(text[i + 1 : i + 2])):
+            return text[i]
+    return None
+
+
+_LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+def _joins(char: str) -> bool:
+    """Whether the character makes its neighbour part of a word or number."""
+    return char.isascii() and (char.isalnum() or char in ("_", "'"))
 
 
 @reward("vlm_r1/yes_no", columns=("solution",), source=SOURCE)
@@ -271,14 +281,17 @@ def repetition(text: str, *, compat: str) -> float:
     Source: om-ai-lab/VLM-R1@90052f4, `repetition_reward`. "upstream": the first fenced block, any
     fence, or an array of boxes is repaired by json_repair when it is no JSON; words are split at
     blanks, so Chinese text is never penalised. "fixed": truncated JSON is cut after its last
-    complete item instead of repaired, and text without blanks counts characters as words.
+    complete item instead of repaired, text without blanks counts characters as words, and of
+    longer text the last 16,384 characters or 1,000 items count.
     """
     items = _boxes_in(text, compat == "upstream")
     if items is not None:
         return -ngram_repetition(items, 1) if items else 0.0
+    if compat == "fixed":
+        text = text[-MAX_REPEATED:]
     words = text.lower().split()
     if compat == "fixed" and len(text) > 12 * max(len(words), 1):
-        words = [char for char in text if not char.isspace()]
+        words = "".join(words)
     return -ngram_repetition(words, 6)
 
 
@@ -296,7 +309,7 @@ def _boxes_in(text: str, upstream: bool) -> list[str] | None:
         return None
     return [
         f"{item['bbox_2d']}_{item['label']}"
-        for item in data
+        for item in (data if upstream else data[-MAX_BOXES:])
         if "bbox_2d" in item and "label" in item
     ]
 

@@ -260,7 +260,7 @@ class Gradients:
         self.head = head
         V, D = head.weight.shape
         new = head.weight.new_empty
-        self.dhidden = hidden.new_zeros(hidden.shape if need[0] else 0)
+        self.dhidden = hidden.new_zeros(hidden.shape if need[0] else 0, dtype=head.acc_dtype)
         self.dweight = new((V, D) if need[1] else 0, dtype=head.acc_dtype)
         self.dbias = new(V, dtype=head.acc_dtype).zero_() if need[2] else new(0)
         self.need, self.first, self.dweight_scale = need, True, into_scale
@@ -291,20 +291,20 @@ class Gradients:
 
     def _add_dhidden(self, E: torch.Tensor, v: torch.Tensor, rows: torch.Tensor | slice) -> None:
         weight = self.head.weight
-        if isinstance(rows, slice) and self.dhidden.dtype == weight.dtype and not self.head.half:
+        if isinstance(rows, slice) and not self.head.half:
             torch.mm(E, weight, out=self.dhidden[rows]).mul_(v[:, None])
             return
         kwargs = {"out_dtype": torch.float32} if self.head.half else {}
         dx = torch.mm(E, weight, **kwargs).mul_(v[:, None])
-        self.dhidden[rows] = dx.to(self.dhidden.dtype)
+        self.dhidden[rows] = dx
 
-    def finish(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(dhidden, dweight in `dtype`, dbias); empty tensors for what was not asked for."""
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(dhidden, dweight, dbias) as accumulated; empty tensors for what was not asked for."""
         if self.need[1] and self.first:
             self.dweight.zero_()
         if self.head.shard is not None and self.need[0]:
             self.head.shard.sum(self.dhidden)
-        return self.dhidden, self.dweight.to(dtype), self.dbias
+        return self.dhidden, self.dweight, self.dbias
 
 
 def offset_exp_as(impl: str) -> Callable:

@@ -115,9 +115,7 @@ def run(
         obj, ref_logp is not None, rollout_logp is not None, entropy, len(kl_logps)
     )
     value, stats = evaluate(tokens, obj, num_rows, scales, streams, sampled, names)
-    dhidden, dweight, dbias = grads.finish(weight.dtype)
-    dbias = dbias if bias is None else dbias.to(bias.dtype)
-    return value, stats, tokens.logp, dhidden, dweight, dbias, clamped
+    return value, stats, tokens.logp, *grads.finish(), clamped
 
 
 @linear_grpo_op.register_fake
@@ -133,11 +131,9 @@ def _(hidden, weight, bias, targets, inv_temperature, advantages, seq_ids, mask,
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(len(names), 2, dtype=wide),
         hidden.new_empty(hidden.shape[0], dtype=wide),
-        hidden.new_empty(hidden.shape if need[0] else 0),
-        weight.new_empty(weight.shape if need[1] else 0),
-        hidden.new_empty(0, dtype=wide)
-        if bias is None
-        else bias.new_empty(bias.shape[0] * need[2]),
+        hidden.new_empty(hidden.shape if need[0] else 0, dtype=wide),
+        weight.new_empty(weight.shape if need[1] else 0, dtype=wide),
+        hidden.new_empty(weight.shape[0] if need[2] else 0, dtype=wide),
         hidden.new_empty((), dtype=torch.int64),
     )
 
@@ -145,14 +141,17 @@ def _(hidden, weight, bias, targets, inv_temperature, advantages, seq_ids, mask,
 def _setup_context(ctx, inputs, output) -> None:
     _, stats, logp, dhidden, dweight, dbias, clamped = output
     ctx.save_for_backward(dhidden, dweight, dbias)
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.num_kl_terms = len(inputs[12])
     ctx.mark_non_differentiable(stats, logp, dhidden, dweight, dbias, clamped)
 
 
 def _backward(ctx, dloss, *_):
     grads = [
-        scaled(grad, dloss) if needed else None
-        for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+        scaled(grad, dloss, dtype) if needed else None
+        for grad, dtype, needed in zip(
+            ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
+        )
     ]
     lists = [None] * ctx.num_kl_terms
     return (*grads, *[None] * 9, lists, lists, *[None] * 12)
@@ -161,12 +160,12 @@ def _backward(ctx, dloss, *_):
 linear_grpo_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def scaled(grad: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    """grad * by, without touching the (V, D) gradient where `by` is known to be 1."""
+def scaled(grad: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """grad * by in `dtype`, rounded once; nothing is touched where `by` is known to be 1."""
     eager = type(by) is torch.Tensor and not torch.compiler.is_compiling()
     if eager and by.device.type == "cpu" and by.item() == 1.0:
-        return grad
-    return grad * by.to(grad.dtype)
+        return grad.to(dtype)
+    return (grad * by.to(grad.dtype)).to(dtype)
 
 
 def _run_blocks(

@@ -134,8 +134,9 @@ def linear_logprob_backward_op(
         h = None if dentropy is None else dentropy[rows]
         E, v = head.weigh(c, y, inv_t, dlogp[rows].to(wide), h, in_place=plan == "recompute")
         grads.add(E, v, x, rows)
-    dhidden, dweight, dbias = grads.finish(weight.dtype)
-    return dhidden, dweight, dbias if bias is None else dbias.to(bias.dtype)
+    dhidden, dweight, dbias = grads.finish()
+    dbias = dbias if bias is None else dbias.to(bias.dtype)
+    return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias
 
 
 @linear_logprob_backward_op.register_fake

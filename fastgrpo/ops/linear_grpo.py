@@ -154,6 +154,7 @@ class _Accumulating(torch.autograd.Function):
         constants = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
         out = run(**constants, into=into, into_scale=into_scale)
         ctx.save_for_backward(out[3], out[5])
+        ctx.dtypes = hidden.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(out[1], out[2])
         return out[:3]
 
@@ -162,8 +163,8 @@ class _Accumulating(torch.autograd.Function):
         dhidden, dbias = ctx.saved_tensors
         needed = ctx.needs_input_grad
         return (
-            scaled(dhidden, dloss) if needed[0] else None,
-            scaled(dbias, dloss) if needed[1] else None,
+            scaled(dhidden, dloss, ctx.dtypes[0]) if needed[0] else None,
+            scaled(dbias, dloss, ctx.dtypes[1]) if needed[1] else None,
             None,
             None,
             None,

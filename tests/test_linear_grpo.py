@@ -1,0 +1,284 @@
+"""linear_grpo_loss = linear_logprob + grpo_loss = float64, for the whole matrix of objectives.
+
+N rows, D hidden, V vocabulary, B sequences.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import fastgrpo as fg
+from fastgrpo.objective import LOSS_TYPES
+from fastgrpo.ops._linear_grpo import encode_spec, linear_grpo_op
+from fastgrpo.ops._select import why_not
+from fastgrpo.testing import assert_within_budget, relative_error
+
+FAST = [i for i in ("torch", "cpp") if why_not("linear_grpo_loss", i, torch.device("cpu")) is None]
+LENGTHS = (5, 1, 0, 7, 3, 4, 2, 6)
+B, N, D, V = len(LENGTHS), sum(LENGTHS), 8, 23
+SEQ = torch.repeat_interleave(torch.arange(B), torch.tensor(LENGTHS))
+STREAMS = ("mask", "old_logp", "ref_logp", "rollout_logp")
+
+
+def batch(dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    b = {"hidden": randn(N, D), "weight": randn(V, D), "bias": randn(V)}
+    b["targets"] = torch.randint(0, V, (N,), generator=g)
+    b["targets"][9] = -100
+    logp = fg.linear_logprob(b["hidden"], b["weight"], b["targets"], bias=b["bias"]).logp
+    b["old_logp"] = (logp + 0.3 * randn(N)).clamp(max=-0.01)
+    b["ref_logp"], b["rollout_logp"] = logp + 0.3 * randn(N), b["old_logp"] + 0.3 * randn(N)
+    b["advantages"], b["mask"] = randn(B), torch.rand(N, generator=g) > 0.2
+    return {k: x.to(dtype) if x.is_floating_point() else x for k, x in b.items()}
+
+
+def call(obj, b, impl, need=(True, True, True), **kwargs):
+    """(loss, log-probs, gradients that were wanted, result)."""
+    names = ("hidden", "weight", "bias")
+    leaves = [b[k].clone().requires_grad_(n) for k, n in zip(names, need, strict=True)]
+    h, w, bias = leaves
+    streams = {k: b.get(k) for k in STREAMS}
+    kwargs = {"seq_ids": SEQ, "bias": bias, "impl": impl} | streams | kwargs
+    result = fg.linear_grpo_loss(h, w, b["targets"], b["advantages"], obj, **kwargs)
+    grads = torch.autograd.grad(1.7 * result.loss, [x for x in leaves if x.requires_grad])
+    return result.loss.detach(), result.logp, list(grads), result
+
+
+def matrix():
+    """loss x level x KL x importance sampling x clip x what couples tokens, each valid once."""
+    kls = ((0.0, "k3", True), (0.1, "k3", True), (0.1, "k3", False), (0.1, "k1", False))
+    kls += ((0.1, "k2+", True),)
+    modes = (None, "token_truncate", "token_mask", "sequence_mask", "geometric_truncate")
+    clips = ({}, {"delta": 1.3}, {"dual_clip": 1.05}, {"epsilon_high": 0.5})
+    others = (
+        {},
+        {"entropy_coef": 0.05},
+        {"top_entropy_quantile": 0.5},
+        {"off_policy_mask_threshold": 0.1},
+    )
+    wheel = 0
+    for name, level in itertools.product(LOSS_TYPES, ("token", "sequence")):
+        for kl, mode, clip, other in itertools.product(kls, modes, clips, others):
+            wheel += 1
+            # A full factorial is 12,000 cases; a stride prime to every factor samples it evenly.
+            if wheel % 7:
+                continue
+            fields = {"beta": kl[0], "kl_estimator": kl[1], "use_bias_correction_kl": kl[2]}
+            fields |= clip | other | {"vllm_importance_sampling_mode": mode or "token_mask"}
+            try:
+                obj = fg.Objective(name, level, max_completion_length=9, **fields)
+            except fg.InputError:
+                continue
+            if name == "vespo" and mode and not mode.startswith("token"):
+                continue
+            yield obj, mode is not None
+
+
+def test_the_matrix():
+    plain, count = batch(), 0
+    for i, (obj, rollout) in enumerate(matrix()):
+        b = dict(plain) if rollout else plain | {"rollout_logp": None}
+        per_token = torch.randn(N, dtype=torch.float64)
+        kwargs = {"num_tokens": 40.0, "num_sequences": 9} if i % 2 else {}
+        if i % 3 == 0:
+            b["advantages"] = per_token
+        want = call(obj, b, "reference", **kwargs)
+        # One chunk, or chunks of three rows: shorter than most sequences.
+        workspace = (None, 3 * V * 8 / 2**20)[i % 2]
+        got = call(obj, b, "torch", workspace_mb=workspace, **kwargs)
+        assert relative_error(got[0], want[0]) < 1e-12, obj
+        for a, e in zip((got[1], *got[2]), (want[1], *want[2]), strict=True):
+            assert relative_error(a, e) < 1e-11, obj
+        for name, value in want[3].metrics.items():
+            torch.testing.assert_close(got[3].metrics[name], value, equal_nan=True, msg=name)
+        count += 1
+    assert count > 800
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize(
+    "name,level", [("dapo", "token"), ("grpo", "sequence"), ("vespo", "token")]
+)
+def test_error_budget_float32(impl, name, level):
+    obj = fg.Objective(name, level, beta=0.1, vllm_importance_sampling_mode="token_truncate")
+    exact = call(obj, batch(), "reference")
+    b = batch(torch.float32)
+    same, ours = call(obj, b, "reference"), call(obj, b, impl)
+    names = ("loss", "logp", "dhidden", "dweight", "dbias")
+    for what, a, e, s in zip(
+        names,
+        (ours[0], ours[1], *ours[2]),
+        (exact[0], exact[1], *exact[2]),
+        (same[0], same[1], *same[2]),
+        strict=True,
+    ):
+        assert_within_budget(a, e, s, factor=3.0, what=f"{impl} {what}")
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_bfloat16_accuracy_gates(impl):
+    """Issue: log-prob error <= 2e-4, dX <= 2.5e-3, dW <= 3e-3 relative, from bf16 inputs."""
+    b, n, d, v = {}, 256, 256, 4096
+    b["hidden"], b["weight"] = torch.randn(n, d), torch.randn(v, d) * (3 / d**0.5)
+    b = {k: x.bfloat16() for k, x in b.items()}
+    b["bias"] = torch.zeros(v, dtype=torch.bfloat16)
+    b["targets"], b["advantages"] = torch.randint(0, v, (n,)), torch.randn(8)
+    wide = {k: x.double() if x.is_floating_point() else x for k, x in b.items()}
+    ids, obj = torch.arange(n) // 32, fg.Objective("dapo")
+    ours = call(obj, b, impl, seq_ids=ids)
+    exact = call(obj, wide, "reference", seq_ids=ids)
+    assert (ours[1] - exact[1]).abs().max() <= 2e-4
+    assert relative_error(ours[2][0], exact[2][0]) <= 2.5e-3
+    assert relative_error(ours[2][1], exact[2][1]) <= 3e-3
+
+
+@pytest.mark.parametrize("need", list(itertools.product((True, False), repeat=3))[:-1])
+def test_only_the_gradients_that_are_wanted(need):
+    obj, b = fg.Objective("grpo", beta=0.1), batch()
+    want, got = call(obj, b, "reference", need), call(obj, b, "torch", need)
+    for a, e in zip(got[2], want[2], strict=True):
+        assert relative_error(a, e) < 1e-12
+
+
+def test_no_grad_makes_only_the_loss():
+    obj, b = fg.Objective("grpo", beta=0.1), batch()
+    with torch.no_grad():
+        result = fg.linear_grpo_loss(
+            b["hidden"].requires_grad_(), b["weight"], b["targets"], b["advantages"], obj,
+            seq_ids=SEQ, bias=b["bias"], **{k: b[k] for k in STREAMS},
+        )  # fmt: skip
+    assert result.plan == "forward" and not result.loss.requires_grad
+    torch.testing.assert_close(result.loss, call(obj, b, "reference")[0])
+
+
+@pytest.mark.parametrize("name", ["dapo", "gmpo"])
+def test_micro_batches_add_up(name):
+    obj, b = fg.Objective(name, beta=0.1), batch()
+    b["rollout_logp"] = None
+    whole = call(obj, b, "torch")
+    totals = {"num_tokens": (b["mask"] & (b["targets"] != -100)).sum(), "num_sequences": B}
+    total, grads = 0.0, None
+    for lo, hi in ((0, 3), (3, 5), (5, 8)):
+        rows = (SEQ >= lo) & (SEQ < hi)
+        part = dict(b) | {"advantages": b["advantages"][lo:hi]}
+        part |= {k: b[k][rows] for k in ("hidden", "targets", "mask", "old_logp", "ref_logp")}
+        loss, _, g, _ = call(obj, part, "torch", seq_ids=SEQ[rows] - lo, **totals)
+        total = total + loss
+        grads = [g] if grads is None else [*grads, g]
+    torch.testing.assert_close(total, whole[0])
+    torch.testing.assert_close(torch.cat([g[0] for g in grads]), whole[2][0])
+    torch.testing.assert_close(sum(g[1] for g in grads), whole[2][1])
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_log_probs_and_first_ratio_equal_those_of_linear_logprob(impl):
+    b = batch(torch.float32)
+    obj = fg.Objective("dapo")
+    with torch.no_grad():
+        head = (b["hidden"], b["weight"], b["targets"])
+        old = fg.linear_logprob(*head, bias=b["bias"], impl=impl).logp
+    kept = b["targets"] != -100
+    result = call(obj, b | {"old_logp": old, "mask": None, "rollout_logp": None}, impl)[3]
+    assert torch.equal(result.logp[kept], old[kept])
+    assert result.metrics["ratio/min"] == result.metrics["ratio/max"] == 1
+
+
+def test_per_token_temperature_softcap_and_scale():
+    b, T = batch(), torch.rand(N, dtype=torch.float64) + 0.5
+    kwargs = {"temperature": T, "softcap": 4.0, "logit_scale": 0.6}
+    obj = fg.Objective("dapo", entropy_coef=0.1)
+    want, got = (call(obj, b, impl, **kwargs) for impl in ("reference", "torch"))
+    for a, e in zip((got[0], *got[2]), (want[0], *want[2]), strict=True):
+        assert relative_error(a, e) < 1e-12
+
+
+def test_overflowing_rows_and_their_neighbours():
+    b = batch(torch.float32)
+    b["hidden"][3] *= 400.0  # exponents far beyond 76
+    b["hidden"][20] *= 90.0
+    b |= {k: None for k in ("ref_logp", "rollout_logp", "old_logp")}
+    wide = {k: x if k in ("targets", "mask") or x is None else x.double() for k, x in b.items()}
+    for name in ("dapo", "gspo_token"):
+        obj = fg.Objective(name, entropy_coef=0.1)
+        want, got = call(obj, wide, "reference"), call(obj, b, None)
+        for a, e in zip((*got[:2], *got[2]), (*want[:2], *want[2]), strict=True):
+            assert relative_error(a, e) < 1e-4
+
+
+def test_dweight_into_accumulates_in_place():
+    obj, b = fg.Objective("dapo"), batch(torch.float32)
+    want = call(obj, b, "torch")[2]
+    into = torch.ones(V, D)
+    leaves = [b[k].clone().requires_grad_() for k in ("hidden", "weight", "bias")]
+    streams = {k: b[k] for k in STREAMS}
+    result = fg.linear_grpo_loss(
+        leaves[0], leaves[1], b["targets"], b["advantages"], obj,
+        seq_ids=SEQ, bias=leaves[2], dweight_into=into, dweight_scale=1.7, impl="torch", **streams,
+    )  # fmt: skip
+    (1.7 * result.loss).backward()
+    assert leaves[1].grad is None
+    torch.testing.assert_close(into - 1.0, want[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(leaves[0].grad, want[0])
+    torch.testing.assert_close(leaves[2].grad, want[2])
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_empty_and_all_masked(impl):
+    obj = fg.Objective("grpo", beta=0.1, entropy_coef=0.1)
+    b = batch(torch.float32)
+    loss, logp, grads, _ = call(obj, b | {"mask": torch.zeros(N, dtype=torch.bool)}, impl)
+    assert loss == 0 and all((x == 0).all() for x in (logp, *grads))
+    shared = ("weight", "bias", "advantages")
+    empty = {k: x if k in shared else x[:0] for k, x in b.items()}
+    loss, logp, grads, _ = call(obj, empty, impl, seq_ids=SEQ[:0])
+    assert loss == 0 and logp.shape == (0,) and all((x == 0).all() for x in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    b = batch(dtype)
+    args = (
+        b["hidden"].requires_grad_(), b["weight"].requires_grad_(), b["bias"].requires_grad_(),
+        b["targets"], torch.full((N,), 0.8), b["advantages"][SEQ], SEQ,
+        b["mask"] & (b["targets"] != -100), b["old_logp"], b["ref_logp"], b["rollout_logp"], None,
+        [b["ref_logp"]], [b["mask"]], None, None, B, True,
+        encode_spec(fg.Objective("grpo", beta=0.1), [fg.KLTerm(b["ref_logp"], 0.1)], 0.0),
+        None, 1.0, True, [True, True, True], "torch", None, "",
+    )  # fmt: skip
+    torch.library.opcheck(linear_grpo_op, args)
+
+
+def test_fullgraph():
+    b, obj = batch(torch.float32), fg.Objective("grpo", beta=0.1)
+    h, w = b["hidden"].requires_grad_(), b["weight"].requires_grad_()
+    streams = {k: b[k] for k in ("old_logp", "ref_logp", "mask")}
+
+    def loss(h, w):
+        head = (h, w, b["targets"], b["advantages"], obj)
+        return fg.linear_grpo_loss(*head, seq_ids=SEQ, **streams).loss
+
+    want = torch.autograd.grad(loss(h, w), (h, w))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, e in zip(torch.autograd.grad(compiled(h, w), (h, w)), want, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_refusals():
+    b, obj = batch(torch.float32), fg.Objective("dapo")
+    live = fg.KLTerm(b["ref_logp"].clone().requires_grad_(), 0.1)
+    cases = [
+        (r"kl_terms\[0\].other_logp: expected a constant", {"kl_terms": [live]}),
+        ("dweight_into: expected shape", {"dweight_into": torch.zeros(V, D + 1)}),
+        ("dweight_into: impl", {"dweight_into": torch.zeros(V, D), "impl": "reference"}),
+        ("token_weights: expected shape", {"token_weights": torch.ones(3)}),
+        ("impl: linear_grpo_loss", {"impl": "cuda"}),
+        ("temperature: expected shape", {"temperature": torch.ones(3)}),
+    ]
+    for message, kwargs in cases:
+        with pytest.raises(fg.InputError, match=message):
+            call(obj, b, kwargs.pop("impl", "torch"), **kwargs)

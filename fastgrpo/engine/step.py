@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from fastgrpo.engine.score import neutral_id, pack, score_row
 from fastgrpo.engine.self_check import self_check as run_self_check
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.objective import Objective
+from fastgrpo.objective import KLStream, Objective
 from fastgrpo.ops.grpo_loss import GRPOLoss, grpo_loss, merge_metrics
 from fastgrpo.ops.linear_grpo import linear_grpo_loss
 from fastgrpo.packing.group import Group
@@ -36,7 +36,7 @@ _PROPORTIONAL = (
     "gpg",
     "reinforce",
 )
-_OPTIONAL = ("old_logp", "ref_logp", "rollout_logp")
+_OPTIONAL = ("old_logp", "ref_logp", "rollout_logp", "token_weights")
 
 Member = tuple[int, int]  # (group, completion)
 
@@ -55,6 +55,9 @@ class GRPOStep:
     `skip_zero_gradient` leaves out sequences whose gradient is exactly zero (advantage 0 and no
     KL, entropy or other term): same loss, gradient and metrics. For that, `ratio/min` and
     `ratio/max` are not reported off-policy when there is such a sequence, skipped or not.
+    `kl_streams` adds KL terms between the policy and log-probs the groups carry under the same
+    name in `Group.streams` (an old policy, the policy under a perturbed image, ...), each with its
+    own sign, estimator and clamps; `sampled_entropy_coef` adds that times the mean -log-prob.
     `max_tokens`, `backend`, `self_check`, `placeholders`: as in `score`. `impl`: that of
     `linear_grpo_loss`.
 
@@ -73,6 +76,8 @@ class GRPOStep:
         self_check: bool = True,
         placeholders: str = "refuse",
         impl: str | None = None,
+        kl_streams: Mapping[str, KLStream] | None = None,
+        sampled_entropy_coef: float = 0.0,
     ):
         if not isinstance(obj, Objective):
             raise InputError(f"obj must be an Objective, got {type(obj).__name__}")
@@ -81,6 +86,8 @@ class GRPOStep:
         self.max_tokens, self.backend, self.impl = max_tokens, backend, impl
         self.skip_zero_gradient = skip_zero_gradient
         self.self_check, self.placeholders = self_check, placeholders
+        self.kl_streams = dict(kl_streams or {})
+        self.sampled_entropy_coef = sampled_entropy_coef
 
     def __call__(
         self,
@@ -88,9 +95,11 @@ class GRPOStep:
         *,
         num_tokens: float | None = None,
         num_sequences: float | None = None,
+        weight: float = 1.0,
     ) -> dict[str, float]:
         """`num_tokens`, `num_sequences`: denominators when `groups` is one rank's share of a step
-        (default: the unmasked tokens and the sequences of `groups`)."""
+        (default: the unmasked tokens and the sequences of `groups`). `weight` scales the whole
+        loss: calls before one optimizer step add their objectives, J = sum_i w_i J_i."""
         adapter, groups = self.adapter, list(groups)
         self._check(groups)
         backend = adapter.prepare(self.backend)
@@ -108,8 +117,9 @@ class GRPOStep:
         totals = {"num_tokens": float(num_tokens), "num_sequences": float(num_sequences)}
 
         extra = extra_forwards(adapter, rows)
-        rows += rows[-1:] * extra
-        batches += [batches[-1] | {"mask": torch.zeros_like(batches[-1]["mask"])}] * extra
+        for _ in range(extra):  # the last row again, with no token that counts
+            rows.append(rows[-1])
+            batches.append(batches[-1] | {"mask": torch.zeros_like(batches[-1]["mask"])})
 
         results = [self._idle_loss(skipped, totals)] if skip else []
         store = feature_store(rows, detach=True, every=self._shares_tower(groups))
@@ -118,11 +128,11 @@ class GRPOStep:
             if ref_logp is not None:
                 batch["ref_logp"] = ref_logp
             result, loss = self._row_loss(row, batch | totals, store)
-            loss.backward()
+            (weight * loss).backward()
             results.append(result)
         store.backward()
         results = results[: len(results) - extra]
-        return self._metrics(results, groups, idle)
+        return self._metrics(results, groups, idle, weight)
 
     def _row_loss(self, row: PackedRow, batch: dict, store: FeatureStore):
         """The row's result and its loss as it leaves the model (one tensor, seen by its hooks)."""
@@ -218,6 +228,11 @@ class GRPOStep:
         for name in _OPTIONAL:
             if groups[0].__dict__[name] is not None:
                 batch[name] = joined(getattr(groups[g], name)[c].cpu() for g, c in members)
+        batch["kl_terms"] = [
+            stream.term(joined(groups[g].streams[name][c].cpu() for g, c in members))
+            for name, stream in self.kl_streams.items()
+        ]
+        batch["sampled_entropy_coef"] = self.sampled_entropy_coef
         return batch
 
     def _masks(self, groups, members: Sequence[Member]) -> Tensor:
@@ -232,6 +247,8 @@ class GRPOStep:
         obj = self.obj
         if obj.loss_type not in _PROPORTIONAL or obj.beta != 0.0 or obj.needs_entropy:
             return []
+        if self.kl_streams or self.sampled_entropy_coef:
+            return []
         if groups[0].rollout_logp is not None and groups[0].old_logp is None:
             return []  # the rollout metrics compare with log-probs only the forward gives
         return [
@@ -241,13 +258,13 @@ class GRPOStep:
             if length and not bool(group.token_advantages(c).any())
         ]
 
-    def _metrics(self, results: list[GRPOLoss], groups, idle) -> dict[str, float]:
+    def _metrics(self, results: list[GRPOLoss], groups, idle, weight: float) -> dict[str, float]:
         if not results:
             return {"loss": 0.0}
         metrics = merge_metrics(results)
         if idle and groups[0].old_logp is not None:
             metrics = {k: v for k, v in metrics.items() if k not in ("ratio/min", "ratio/max")}
-        loss = sum(result.loss.detach() for result in results)
+        loss = weight * sum(result.loss.detach() for result in results)
         return {"loss": float(loss)} | {name: float(value) for name, value in metrics.items()}
 
     def _dtype(self) -> torch.dtype:
@@ -261,6 +278,10 @@ class GRPOStep:
         for g, group in enumerate(groups):
             if group.advantages is None:
                 raise InputError(f"groups[{g}] ({group.name}): advantages is missing")
+        for name in self.kl_streams:
+            for g, group in enumerate(groups):
+                if name not in group.streams:
+                    raise InputError(f"groups[{g}] ({group.name}): streams has no {name!r}")
         for name in _OPTIONAL:
             given = [getattr(group, name) is not None for group in groups]
             if any(given) and not all(given):

@@ -330,18 +330,18 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Chosen without a GPU: the largest tiles that compile without spilling a register, window and
-# softcap included, with two stages of loads where shared memory and registers allow. Columns: head
-# dimension up to 64, below 128 (padded to it), 128, above. sm_80's rows also fit the 99 KiB of
-# shared memory of consumer cards. `fastgrpo doctor --compile` prints registers and spills.
+# Chosen without a GPU: the largest tiles that compile without spilling a register by triton 3.6 and
+# 3.9, with two stages of loads where shared memory and registers allow. Columns: head dimension up
+# to 64, below 128 (padded to it), 128, above. sm_80's rows also fit the 99 KiB of shared memory of
+# consumer cards. `fastgrpo doctor --compile` prints registers and spills.
 TILES = {  # (m, n, warps, stages)
     "fwd sm_80": ((128, 64, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
     "fwd sm_90": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     "fwd sm_100": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     "dq sm_80": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
     "dq sm_90": ((128, 64, 8, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
-    "dq sm_100": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
-    "dkv sm_80": ((32, 128, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
+    "dq sm_100": ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+    "dkv sm_80": ((32, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
     "dkv sm_90": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 2)),
     "dkv sm_100": ((64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 2)),
 }
@@ -351,20 +351,28 @@ TILES_FP32_WIDE = Tiles(16, 16, 8, 1)
 INTERPRETED = Tiles(32, 16, 4, 1)  # unequal, so that mixed-up tile sizes show in the tests
 
 
-def tiles(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:
-    """The configuration of `kernel` ("fwd", "dq", "dkv"), fixed by device, dtype and head size."""
+def tiles(
+    kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, plain: bool
+) -> Tiles:
+    """The configuration of `kernel` ("fwd", "dq", "dkv"), fixed by the inputs' kind, not size.
+
+    plain: neither a sliding window nor a softcap.
+    """
     if device.type != "cuda":
         return INTERPRETED
     major = torch.cuda.get_device_capability(device)[0]
     arch = {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
-    return _compiled_tiles(kernel, arch, dtype == torch.float32, head_dim)
+    return _compiled_tiles(kernel, arch, dtype == torch.float32, head_dim, plain)
 
 
-def _compiled_tiles(kernel: str, arch: str, fp32: bool, head_dim: int) -> Tiles:
+def _compiled_tiles(kernel: str, arch: str, fp32: bool, head_dim: int, plain: bool) -> Tiles:
     if fp32:
         return TILES_FP32[kernel] if head_dim <= 128 else TILES_FP32_WIDE
     column = (head_dim > 64) + (head_dim >= 128) + (head_dim > 128)
-    return Tiles(*TILES[f"{kernel} {arch}"][column])
+    t = Tiles(*TILES[f"{kernel} {arch}"][column])
+    if kernel == "dkv" and not plain:  # their registers are taken from the keys
+        return t._replace(n=min(t.n, 64))
+    return t
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -406,7 +414,7 @@ def shared_prefix_attention_op(
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     out = q.new_empty((tokens, heads, head_dim))
     lse = q.new_empty((heads, tokens), dtype=torch.float32)
-    t = tiles("fwd", q.device, q.dtype, head_dim)
+    t = tiles("fwd", q.device, q.dtype, head_dim, not window and not softcap)
     programs = blocks.shape[1] * (block_rows // t.m) * heads
     if programs:
         _shared_prefix_fwd_kernel[(programs,)](
@@ -435,7 +443,8 @@ def shared_prefix_attention_backward_op(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(lse)
     strides = _strides(q, k, v, dout)
-    t = tiles("dq", q.device, q.dtype, head_dim)
+    kind = (q.device, q.dtype, head_dim, not window and not softcap)
+    t = tiles("dq", *kind)
     programs = blocks.shape[1] * (block_rows // t.m) * heads
     if programs == 0:
         return dq, dk, dv
@@ -443,7 +452,7 @@ def shared_prefix_attention_backward_op(
         q, k, v, out, dout, lse, delta, dq, blocks[0], tokens, heads, group, *strides,
         window, scale, softcap, **_constants(t, head_dim, window, softcap, block_rows),
     )  # fmt: skip
-    t = tiles("dkv", q.device, q.dtype, head_dim)
+    t = tiles("dkv", *kind)
     _shared_prefix_dkv_kernel[(blocks.shape[1] * (block_rows // t.n) * kv_heads,)](
         q, k, v, dout, lse, delta, dk, dv, blocks[1], positions, tokens, kv_heads, group, *strides,
         window, scale, softcap, **_constants(t, head_dim, window, softcap, block_rows),
@@ -504,7 +513,7 @@ def aot_specs() -> list[KernelSpec]:
 def _aot_spec(
     kernel: str, arch: str, dtype: str, head_dim: int, window: int, softcap: float
 ) -> KernelSpec:
-    t = _compiled_tiles(kernel, arch, dtype == "fp32", head_dim)
+    t = _compiled_tiles(kernel, arch, dtype == "fp32", head_dim, not window and not softcap)
     constants = _constants(t, head_dim, window, softcap, 128)
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     signature = {}

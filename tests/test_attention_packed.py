@@ -163,3 +163,13 @@ def test_backend_names():
     assert attention.choose_backend(None, torch.device("cpu"), torch.float32, 64) == "kvgather"
     with pytest.raises(fg.InputError, match="backend must be one of .*dense"):
         attention.choose_backend("fast", torch.device("cpu"), torch.float32, 64)
+
+
+@pytest.mark.parametrize("family", ("qwen2_5_vl", "llama"))
+def test_a_saved_model_does_not_mention_the_switch(family, tmp_path):
+    model = tm.tiny_model(family)
+    attention.install(model)
+    model.save_pretrained(tmp_path)
+    assert "fastgrpo" not in (tmp_path / "config.json").read_text()
+    loaded = type(model).from_pretrained(tmp_path)
+    assert not attention.is_installed(loaded)

@@ -224,6 +224,25 @@ def test_sliding_window_layers():
     assert logp_error(packed(full, groups)[0], windowed) > 0.01  # the window matters here
 
 
+def test_tied_embeddings():
+    model = tm.tiny_model(
+        "qwen2_5_vl", text={"tie_word_embeddings": True}, tie_word_embeddings=True
+    )
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert_equal_to_naive(model, tm.synthetic_groups(model))
+
+
+def test_512_tiny_samples_in_one_row():
+    model = tm.tiny_model("llama")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 90, (512, 3), generator=generator)
+    groups = [fg.Group(row[:2], [row[2:]]) for row in ids]
+    got = torch.cat([s.logp[0] for s in fg.score(model, groups)])
+    logits = model(input_ids=ids).logits[:, 1]
+    want = torch.log_softmax(logits, -1).gather(-1, ids[:, 2:])[:, 0]
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+
+
 def test_eager_model_keeps_its_numbers():
     model = tm.tiny_model("qwen2_5_vl")
     model.set_attn_implementation("eager")

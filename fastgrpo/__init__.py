@@ -5,7 +5,7 @@ Importing starts nothing: no CUDA context, no patching, no environment edits.
 
 from fastgrpo.engine import GRPOStep, score
 from fastgrpo.errors import InputError
-from fastgrpo.objective import KLTerm, Objective
+from fastgrpo.objective import KLStream, KLTerm, Objective
 from fastgrpo.ops.average_precision import average_precision
 from fastgrpo.ops.box_iou import box_iou, pairwise_box_iou
 from fastgrpo.ops.group_advantages import group_advantages

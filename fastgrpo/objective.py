@@ -76,6 +76,22 @@ class KLTerm:
 
 
 @dataclass(frozen=True)
+class KLStream:
+    """A KLTerm of `GRPOStep` before its log-probs are known; they are `Group.streams[name]`."""
+
+    coefficient: float
+    estimator: str = "k3"
+    log_ratio_clamp: float = 20.0
+    value_clamp: float | None = None
+
+    def term(self, other_logp: torch.Tensor) -> KLTerm:
+        """The term with its (N,) log-probs."""
+        return KLTerm(
+            other_logp, self.coefficient, self.estimator, self.log_ratio_clamp, self.value_clamp
+        )
+
+
+@dataclass(frozen=True)
 class Objective:
     """What `grpo_loss`, `linear_grpo_loss` and `GRPOStep` minimise. Field names are TRL's.
 

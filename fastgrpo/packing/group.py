@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fastgrpo.errors import InputError
 
-_PER_TOKEN = ("old_logp", "ref_logp", "rollout_logp", "mask")
+_PER_TOKEN = ("old_logp", "ref_logp", "rollout_logp", "mask", "token_weights")
 
 
 @dataclass(eq=False)
@@ -20,7 +20,9 @@ class Group:
     int64, any of them may be empty; `vision` the processor's outputs for this prompt
     (`pixel_values`, `image_grid_thw`, ...); `advantages` (G,) or a list of (C_i,); `old_logp`,
     `ref_logp`, `rollout_logp` lists of (C_i,) floats; `mask` a list of (C_i,), nonzero where the
-    token counts in the loss. `sample_id` is only used in error messages.
+    token counts in the loss; `token_weights` a list of (C_i,) floats that multiply the policy term
+    (VPPO's token mask); `streams` further log-probs by name, each a list of (C_i,) floats, for
+    `GRPOStep`'s `kl_streams`. `sample_id` is only used in error messages.
 
     Raises `InputError` naming the sample, the argument, what was expected and what came.
     """
@@ -34,6 +36,8 @@ class Group:
     rollout_logp: list[Tensor] | None = None
     mask: list[Tensor] | None = None
     sample_id: object = None
+    token_weights: list[Tensor] | None = None
+    streams: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self):
         self.completions = list(self.completions)
@@ -51,6 +55,8 @@ class Group:
         for key in _PER_TOKEN:
             if getattr(self, key) is not None:
                 setattr(self, key, _check_per_token(self, key, getattr(self, key)))
+        for key, value in self.streams.items():
+            self.streams[key] = _check_per_token(self, f"streams[{key!r}]", value)
         if self.advantages is not None:
             self._check_advantages()
 
@@ -66,6 +72,14 @@ class Group:
         """(C_i,) advantages of completion i, whichever way they were given."""
         a = self.advantages[i]
         return a.expand(self.completions[i].numel()) if a.ndim == 0 else a
+
+    def with_vision(self, vision: dict[str, Tensor]) -> Group:
+        """The same group seeing other pixels of the same size, such as a perturbed image."""
+        old = {k: tuple(v.shape) for k, v in self.vision.items()}
+        new = {k: tuple(v.shape) for k, v in vision.items()}
+        if old != new:
+            raise InputError(f"{self.name}: vision must keep its shapes {old}, got {new}")
+        return replace(self, vision=vision)
 
     def _check_advantages(self):
         count = len(self.completions)

@@ -15,21 +15,24 @@ FG_INLINE void sample_pairs(const PairwiseParams<T>& p, int64_t k, std::vector<T
   const int64_t n = p.a_start[k + 1] - p.a_start[k], m = p.b_start[k + 1] - p.b_start[k];
   const Box<T>* a = reinterpret_cast<const Box<T>*>(p.a) + p.a_start[k];
   const Box<T>* b = reinterpret_cast<const Box<T>*>(p.b) + p.b_start[k];
-  if (int64_t(columns.size()) < 4 * m) columns.resize(4 * m);
+  if (int64_t(columns.size()) < 5 * m) columns.resize(5 * m);
   T* x1 = columns.data();
-  T *y1 = x1 + m, *x2 = y1 + m, *y2 = x2 + m;
+  T *y1 = x1 + m, *x2 = y1 + m, *y2 = x2 + m, *angle = y2 + m;
   for (int64_t j = 0; j < m; ++j) {
     x1[j] = b[j].x1;
     y1[j] = b[j].y1;
     x2[j] = b[j].x2;
     y2[j] = b[j].y2;
+    angle[j] = kind == kCiou ? aspect<convention>(b[j]) : T(0);
   }
   for (int64_t i = 0; i < n; ++i) {
     const Box<T> row = a[i];
+    const T row_angle = kind == kCiou ? aspect<convention>(row) : T(0);
     T* values = p.values + p.offsets[k] + i * m;
 #pragma omp simd
     for (int64_t j = 0; j < m; ++j) {
-      values[j] = overlap<kind, convention>(row, Box<T>{x1[j], y1[j], x2[j], y2[j]});
+      values[j] = overlap<kind, convention>(row, Box<T>{x1[j], y1[j], x2[j], y2[j]}, row_angle,
+                                            angle[j]);
     }
   }
 }

@@ -51,16 +51,20 @@ FG_HD T ratio(T numerator, T denominator) {
   return (normal ? numerator : T(0)) / (normal ? denominator : T(1));
 }
 
-template <class T>
-FG_HD T aspect(T w, T h) {
+// atan(width / height), for CIoU; of a valid box.
+template <int convention, class T>
+FG_HD T aspect(const Box<T>& box) {
+  const T extra = convention == kPixel ? T(1) : T(0);
+  const T w = box.x2 - box.x1 + extra, h = box.y2 - box.y1 + extra;
   const T scale = most(w, h);
   const bool normal = scale >= Limits<T>::tiny;
   const T unit = normal ? scale : T(1);
   return T(atan2((normal ? w : T(0)) / unit, (normal ? h : T(1)) / unit));
 }
 
+// The aspects of both boxes matter for CIoU only.
 template <int kind, int convention, class T>
-FG_HD T overlap(const Box<T>& a0, const Box<T>& b0) {
+FG_HD T overlap(const Box<T>& a0, const Box<T>& b0, T a_aspect = T(0), T b_aspect = T(0)) {
   const bool valid = is_box(a0) & is_box(b0);
   const Box<T> unit{T(0), T(0), T(1), T(1)};
   const Box<T> a{valid ? a0.x1 : unit.x1, valid ? a0.y1 : unit.y1, valid ? a0.x2 : unit.x2,
@@ -95,7 +99,7 @@ FG_HD T overlap(const Box<T>& a0, const Box<T>& b0) {
       value = iou - ratio(dx * dx + dy * dy, hull_w * hull_w + hull_h * hull_h);
     }
     if (kind == kCiou) {
-      const T angle = aspect(aw, ah) - aspect(bw, bh);
+      const T angle = a_aspect - b_aspect;
       const T v = T(0.40528473456935109) * angle * angle;  // 4 / pi^2
       value = value - ratio(v, T(1) - iou + v) * v;
     }

@@ -1,11 +1,12 @@
 """COCO average precision of many samples at once."""
 
 from collections.abc import Hashable, Sequence
+from importlib import import_module
 
 import torch
 
 from fastgrpo.errors import InputError
-from fastgrpo.ops._boxes import as_boxes, as_sizes, check_same_samples, starts
+from fastgrpo.ops._boxes import as_box_pair, as_sizes, check_same_samples, starts
 from fastgrpo.ops._select import select
 from fastgrpo.reference import average_precision as reference
 from fastgrpo.reference.average_precision import COCO
@@ -52,55 +53,43 @@ def average_precision(
 
     Raises InputError for shapes, sizes or thresholds outside (0, 1] that do not fit.
     """
-    pred_boxes, gt_boxes = as_boxes("pred_boxes", pred_boxes, 2), as_boxes("gt_boxes", gt_boxes, 2)
+    pred_boxes, gt_boxes = as_box_pair(("pred_boxes", "gt_boxes"), pred_boxes, gt_boxes, ndim=2)
     pred_sizes = as_sizes("pred_sizes", pred_sizes, len(pred_boxes))
     gt_sizes = as_sizes("gt_sizes", gt_sizes, len(gt_boxes))
     check_same_samples(("pred_sizes", "gt_sizes"), pred_sizes, gt_sizes)
     pred_labels, gt_labels = _codes(pred_labels, gt_labels)
+    _check_one_per_box("pred_labels", pred_labels, pred_boxes)
+    _check_one_per_box("gt_labels", gt_labels, gt_boxes)
     pred_scores = _scores(pred_scores, len(pred_boxes))
-    for name, values, boxes in (
-        ("pred_labels", pred_labels, pred_boxes),
-        ("gt_labels", gt_labels, gt_boxes),
-        ("pred_scores", pred_scores, pred_boxes),
-    ):
-        if values.shape != boxes.shape[:1]:
-            raise InputError(
-                f"{name}: expected one per box, shape ({len(boxes)},), got {tuple(values.shape)}"
-            )
-    thresholds = tuple(float(t) for t in thresholds)
+    _check_one_per_box("pred_scores", pred_scores, pred_boxes)
+    thresholds = [float(t) for t in thresholds]
     if not thresholds or not all(0 < t <= 1 for t in thresholds):
         raise InputError(f"thresholds: expected numbers in (0, 1], got {thresholds}")
     if max_dets < 1:
         raise InputError(f"max_dets: expected a count >= 1, got {max_dets}")
     device = pred_boxes.device
     impl = select("average_precision", device, impl)
-    tensors = [
-        pred_boxes.detach().double(),
-        pred_labels.to(device),
-        pred_scores.detach().to(device),
-        gt_boxes.detach().double().to(device),
-        gt_labels.to(device),
-    ]
+    place = device if impl == "cuda" else torch.device("cpu")
+    tensors = [pred_boxes.double(), pred_labels, pred_scores, gt_boxes.double(), gt_labels]
+    tensors = [t.detach().to(place) for t in tensors]
     if impl == "reference":
-        ap = reference.average_precision(
-            *(t.cpu() for t in tensors),
-            pred_sizes,
-            gt_sizes,
-            thresholds=thresholds,
-            max_dets=max_dets,
-            area_range=area_range,
-        ).to(device)
-        return ap if per_threshold else ap.mean(1)
-    low, high = (None, None) if area_range is None else map(float, area_range)
-    sizes = [starts(s, torch.device("cpu")) for s in (pred_sizes, gt_sizes)]
-    if impl == "cuda":
-        from fastgrpo_kernels._cuda import average_precision as kernel
+        options = {"thresholds": thresholds, "max_dets": max_dets, "area_range": area_range}
+        ap = reference.average_precision(*tensors, pred_sizes, gt_sizes, **options)
     else:
-        from fastgrpo_kernels._cpp import average_precision as kernel
-
-        tensors = [t.cpu() for t in tensors]
-    ap = kernel(*tensors, *sizes, list(thresholds), max_dets, low, high).to(device)
+        module = "_cuda" if impl == "cuda" else "_cpp"
+        kernel = import_module(f"fastgrpo_kernels.{module}").average_precision
+        low, high = (None, None) if area_range is None else map(float, area_range)
+        sizes = [starts(s, torch.device("cpu")) for s in (pred_sizes, gt_sizes)]
+        ap = kernel(*tensors, *sizes, thresholds, max_dets, low, high)
+    ap = ap.to(device)
     return ap if per_threshold else ap.mean(1)
+
+
+def _check_one_per_box(name: str, values: torch.Tensor, boxes: torch.Tensor) -> None:
+    if values.shape != boxes.shape[:1]:
+        raise InputError(
+            f"{name}: expected one per box, shape ({len(boxes)},), got {tuple(values.shape)}"
+        )
 
 
 def _codes(pred_labels: Labels, gt_labels: Labels) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 
 import torch
 
@@ -21,7 +22,7 @@ def average_precision(
     pred_sizes: list[int],
     gt_sizes: list[int],
     *,
-    thresholds: tuple[float, ...],
+    thresholds: Sequence[float],
     max_dets: int,
     area_range: tuple[float, float] | None,
 ) -> torch.Tensor:

@@ -1,10 +1,12 @@
 // The shared algorithms with one host thread per lane and a barrier where a warp would synchronise,
 // compared with the serial ones. Built with ThreadSanitizer it also reports every pair of accesses
-// that a GPU could reorder: a missing sync is an error here.
+// that a GPU could reorder: a missing sync is an error here. Working memory has exactly the size the
+// launchers give it, so that AddressSanitizer sees a step outside.
 #include <pthread.h>
 
 #include <atomic>
 #include <cstdio>
+#include <memory>
 #include <random>
 #include <thread>
 #include <vector>
@@ -17,8 +19,13 @@ using namespace fastgrpo;
 
 constexpr int kLanes = 8;
 
+#if defined(__SANITIZE_THREAD__)
 extern "C" void AnnotateIgnoreSyncBegin(const char*, int);
 extern "C" void AnnotateIgnoreSyncEnd(const char*, int);
+#else
+static void AnnotateIgnoreSyncBegin(const char*, int) {}
+static void AnnotateIgnoreSyncEnd(const char*, int) {}
+#endif
 
 struct Team {
   pthread_barrier_t barrier;
@@ -68,19 +75,23 @@ int main() {
   int failures = 0;
   for (int trial = 0; trial < 40; ++trial) {
     const int rows = upto(12), cols = upto(12);
-    std::vector<double> scores(rows * cols + 1), cost(rows * cols + 1);
-    std::vector<uint8_t> mask(rows * cols + 1);
+    std::vector<double> scores(rows * cols), cost(rows * cols), confidence(rows);
+    std::vector<uint8_t> mask(rows * cols);
+    for (auto& c : confidence) c = upto(3);
     for (auto& s : scores) s = trial % 2 ? uniform(random) : upto(3);
     for (auto& m : mask) m = upto(3) > 0;
     const Pairs<double> pairs{scores.data(), trial % 3 ? mask.data() : nullptr,
                               trial % 5 ? -HUGE_VAL : 0.5, rows, cols};
-    std::vector<double> space(1024);
     for (int method = 0; method < 3; ++method) {
+      const int64_t bytes = method ? GreedySpace::bytes(rows, cols)
+                                   : AssignmentSpace::bytes(std::min(rows, cols),
+                                                            std::max(rows, cols));
+      const auto space = std::make_unique<double[]>((bytes + 7) / 8);
       std::vector<int64_t> serial(rows, -7), lanes(rows, -7);
       const auto match = [&](const auto& g, int64_t* column) {
-        if (method == 0) match_optimal(g, pairs, cost.data(), space.data(), column);
-        if (method == 1) match_greedy(g, pairs, space.data(), column);
-        if (method == 2) match_greedy_rows(g, pairs, space.data(), column);
+        if (method == 0) match_optimal(g, pairs, cost.data(), space.get(), column);
+        if (method == 1) match_greedy(g, pairs, space.get(), column);
+        if (method == 2) match_greedy_rows(g, pairs, space.get(), column);
       };
       match(Serial{}, serial.data());
       on_lanes([&](const Lane& g) { match(g, lanes.data()); });
@@ -95,12 +106,13 @@ int main() {
     }
     for (auto& l : labels) l = upto(2);
     std::vector<double> thresholds{0.1, 0.5, 0.75};
-    const ApSample sample{boxes.data(), labels.data(), scores.data(), boxes.data() + rows,
-                          labels.data() + rows, cols ? rows : 0, cols, thresholds.data(), 3, 5,
+    const ApSample sample{boxes.data(), labels.data(), confidence.data(), boxes.data() + rows,
+                          labels.data() + rows, rows, cols, thresholds.data(), 3, 5,
                           trial % 2 == 0, 4.0, 50.0};
-    std::vector<double> serial(3), lanes(3), work(4096);
-    average_precision(Serial{}, sample, work.data(), serial.data());
-    on_lanes([&](const Lane& g) { average_precision(g, sample, work.data(), lanes.data()); });
+    std::vector<double> serial(3), lanes(3);
+    const auto space = std::make_unique<double[]>(ApSpace::bytes(rows, cols, 5, 3) / 8);
+    average_precision(Serial{}, sample, space.get(), serial.data());
+    on_lanes([&](const Lane& g) { average_precision(g, sample, space.get(), lanes.data()); });
     failures += serial != lanes;
   }
   std::printf("%d failures\n", failures);

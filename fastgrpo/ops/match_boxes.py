@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastgrpo.checks import check_choice
+from fastgrpo.checks import check_choice, check_tensor
 from fastgrpo.errors import InputError
 from fastgrpo.ops._boxes import as_sizes, check_same_samples, pair_counts, starts
 from fastgrpo.ops._select import select, why_not
@@ -90,15 +90,9 @@ def _choose(device: torch.device, method: str, sizes: list[int], impl: str | Non
 
 def _check_pairs(scores, offsets, mask, starts: torch.Tensor) -> None:
     expected = starts.tolist()
-    if scores.ndim != 1 or len(scores) != expected[-1]:
-        raise InputError(
-            f"scores: expected shape ({expected[-1]},), one score per pair, "
-            f"got {tuple(scores.shape)}"
-        )
+    check_tensor("scores", scores, "pairs", like={"pairs": expected[-1]})
     if (offsets.tolist() if isinstance(offsets, torch.Tensor) else list(offsets)) != expected:
         raise InputError("offsets: expected the running sum of a_sizes * b_sizes from 0")
-    if mask is not None and (mask.shape != scores.shape or mask.dtype != torch.bool):
-        raise InputError(
-            f"mask: expected bool of shape {tuple(scores.shape)}, "
-            f"got {mask.dtype} of shape {tuple(mask.shape)}"
-        )
+    if mask is not None:
+        like = {"pairs": expected[-1]}
+        check_tensor("mask", mask, "pairs", like=like, dtypes=(torch.bool,), device=scores.device)

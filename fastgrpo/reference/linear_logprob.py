@@ -40,8 +40,8 @@ def target_logp(z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     m = others.detach().amax(1, keepdim=True).clamp(min=-1e4)
     S = (others - m).exp().sum(1)
     lse = torch.log(S.clamp(min=torch.finfo(S.dtype).tiny)) + m[:, 0]
-    plain = zy[:, 0] - z.logsumexp(1)  # an infinite target logit: -inf, or NaN for +inf
-    return torch.where(usable[:, 0], -F.softplus(lse, threshold=60.0), plain)
+    plain = z.log_softmax(1).gather(1, y)  # an infinite target logit: -inf, or NaN beside +inf
+    return torch.where(usable[:, 0], -F.softplus(lse, threshold=60.0), plain[:, 0])
 
 
 def entropy(z: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,10 @@ class StepTimes(TrainerCallback):
 
 
 def record(trainer: Any) -> None:
-    """Attaches the recorder to a TRL `GRPOTrainer` (or a subclass) before `train()`."""
+    """Attaches the recorder to a TRL `GRPOTrainer` (or a subclass) before `train()`.
+
+    Call it after `accelerate(trainer)`, which refuses a trainer whose methods were wrapped.
+    """
     times = StepTimes(trainer)
     calculate_rewards = trainer._calculate_rewards
 

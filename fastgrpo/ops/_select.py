@@ -50,8 +50,6 @@ def select(op: str, device: torch.device, impl: str | None = None) -> str:
     return impl
 
 
-# Which build and packages are there does not change under a compiled graph.
-@torch.compiler.assume_constant_result
 def why_not(op: str, impl: str, device: torch.device) -> str | None:
     """The reason why `impl` cannot serve `op` on `device`, or None if it can."""
     if impl == "reference":
@@ -69,6 +67,11 @@ def why_not(op: str, impl: str, device: torch.device) -> str | None:
     if impl == "cpp":
         return _extension_missing(_CPP_SYMBOL.get(op, op))
     return None
+
+
+# Which build and packages are there does not change under a compiled graph. This is what
+# torch.compiler.assume_constant_result sets; calling it would import dynamo with the package.
+why_not._dynamo_marked_constant = True
 
 
 def _interpreting() -> bool:

@@ -147,12 +147,11 @@ def test_a_killed_worker_is_replaced():
 
 
 def test_a_worker_that_needs_too_much_memory_says_so():
-    math_pool.configure(workers=1, timeout=20.0, memory_mb=64)
+    math_pool.configure(workers=1, timeout=5.0, memory_mb=1)
     try:
-        verdict = math_pool.equal("$10^{10^{9}}$", "1")
+        verdict = math_pool.equal(MATH["million-digits"], "1")
         assert verdict.equal is False
-        assert verdict.reason in ("memory", "crash", "MemoryError", "timeout")
-        assert math_pool.equal("3", "3.0").equal
+        assert verdict.reason in ("memory", "crash")
     finally:
         math_pool.configure()
 

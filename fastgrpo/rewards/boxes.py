@@ -19,6 +19,36 @@ def finite_box(box: Any) -> bool:
     )
 
 
+# Brackets looked at before a text counts as one without a box, and characters between them.
+MAX_BRACKETS, MAX_BOX_CHARS = 4096, 128
+
+
+def first_box(text: str) -> list[float] | None:
+    """The first `[a, b, c, d]` of plain decimal numbers, in time linear in the text."""
+    position = 0
+    for _ in range(MAX_BRACKETS):
+        closed = text.find("]", position)
+        if closed < 0:
+            return None
+        opened = text.rfind("[", max(position, closed - MAX_BOX_CHARS), closed)
+        if opened >= 0:
+            box = _decimals(text[opened + 1 : closed])
+            if box is not None:
+                return box
+        position = closed + 1
+    return None
+
+
+def _decimals(inner: str) -> list[float] | None:
+    parts = inner.split(",")
+    if len(parts) != 4 or inner.strip("0123456789.+-, \t\r\n"):
+        return None
+    try:
+        return [float(part) for part in parts]
+    except ValueError:
+        return None
+
+
 def iou_continuous(a, b) -> float:
     """Intersection over union of two xyxy boxes; 0 when the union is empty."""
     width = min(a[2], b[2]) - max(a[0], b[0])

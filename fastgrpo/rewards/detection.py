@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import msgspec
@@ -45,7 +46,7 @@ def read_detections(text: str) -> Detections:
     """
     fenced = fenced_json(text, last=True)
     text = (text if fenced is None else fenced).strip()
-    if text.lower() in ("none", "[]", ""):
+    if len(text) <= 4 and text.lower() in ("none", "[]", ""):
         if not text:
             raise Unscorable("empty_answer")
         return EMPTY
@@ -55,7 +56,11 @@ def read_detections(text: str) -> Detections:
         items = _decode_items(text)
     except (msgspec.DecodeError, RecursionError):
         return _read_loosely(loads(text))
-    return _checked([item.bbox_2d for item in items], [item.label for item in items])
+    if len(items) > MAX_BOXES:
+        raise Unscorable("too_many_boxes")
+    corners = chain.from_iterable([item.bbox_2d for item in items])
+    boxes = np.fromiter(corners, dtype=np.float64, count=4 * len(items))
+    return Detections(boxes.reshape(-1, 4), [item.label for item in items])
 
 
 def _read_loosely(items: Any) -> Detections:
@@ -70,17 +75,13 @@ def _read_loosely(items: Any) -> Detections:
         label = item.get("label") if isinstance(item, dict) else None
         boxes.append(box if _four_numbers(box) else _NO_BOX)
         labels.append(label if isinstance(label, str) else None)
-    return _checked(boxes, labels)
+    if len(boxes) > MAX_BOXES:
+        raise Unscorable("too_many_boxes")
+    return Detections(np.array(boxes, dtype=np.float64).reshape(-1, 4), labels)
 
 
 def _four_numbers(box: Any) -> bool:
     return isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)
-
-
-def _checked(boxes: list, labels: list[str | None]) -> Detections:
-    if len(boxes) > MAX_BOXES:
-        raise Unscorable("too_many_boxes")
-    return Detections(np.array(boxes, dtype=np.float64).reshape(-1, 4), labels)
 
 
 class Overlaps(NamedTuple):
@@ -112,8 +113,8 @@ def overlaps(
         _stack(preds), _stack(gts), pred_sizes.tolist(), gt_sizes.tolist(),
         kind=kind, convention=convention,
     )  # fmt: skip
-    codes: dict[str, int] = {}
-    labels = [_codes(d, codes, same, -1) for d in preds], [_codes(d, codes, same, -2) for d in gts]
+    codes = _Codes(same)
+    labels = codes.of(preds, pred_sizes, -1), codes.of(gts, gt_sizes, -2)
     equal = [(p[:, None] == g[None]).ravel() for p, g in zip(*labels, strict=True)]
     same_label = np.concatenate(equal) if equal else np.empty(0, dtype=bool)
     return Overlaps(iou.numpy(), same_label, offsets, pred_sizes, gt_sizes)
@@ -123,13 +124,20 @@ def _stack(rows: Sequence[Detections]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([r.boxes for r in rows] or [EMPTY.boxes]))
 
 
-def _codes(row: Detections, codes: dict[str, int], same, missing: int) -> np.ndarray:
-    """Labels as numbers; a missing one equals nothing, not even another missing one."""
-    numbers = [
-        missing if label is None else codes.setdefault(same(label), len(codes))
-        for label in row.labels
-    ]
-    return np.array(numbers, dtype=np.int64)
+class _Codes(dict):
+    """Labels as numbers, equal where `same` makes them equal; a missing label equals nothing."""
+
+    def __init__(self, same: Callable[[str], str]):
+        self.same, self.numbers = same, {}
+
+    def __missing__(self, label: str) -> int:
+        self[label] = number = self.numbers.setdefault(self.same(label), len(self.numbers))
+        return number
+
+    def of(self, rows: Sequence[Detections], sizes: np.ndarray, missing: int) -> list[np.ndarray]:
+        self[None] = missing
+        flat = np.array([self[label] for row in rows for label in row.labels], dtype=np.int64)
+        return np.split(flat, np.cumsum(sizes)[:-1]) if len(rows) else []
 
 
 class Matches(NamedTuple):

@@ -34,7 +34,7 @@ class Verdict(NamedTuple):
 class MathPool:
     """Worker processes; `verify` is safe to call from any thread and after a fork."""
 
-    def __init__(self, workers: int = 2, timeout: float = 1.0, memory_mb: int = 512):
+    def __init__(self, workers: int = 2, timeout: float = 1.0, memory_mb: int = 64):
         self.workers, self.timeout, self.memory_mb = workers, timeout, memory_mb
         self._lock, self._cache, self._pid = threading.Lock(), OrderedDict(), None
         self._idle: list[subprocess.Popen] = []
@@ -125,7 +125,7 @@ _pool = MathPool()
 atexit.register(lambda: _pool.close())
 
 
-def configure(workers: int = 2, timeout: float = 1.0, memory_mb: int = 512) -> None:
+def configure(workers: int = 2, timeout: float = 1.0, memory_mb: int = 64) -> None:
     """Replace the pool: worker processes, seconds per answer, megabytes an answer may allocate."""
     global _pool
     _pool.close()

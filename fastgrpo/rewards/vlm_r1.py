@@ -9,15 +9,13 @@ import json
 from typing import Any
 
 from fastgrpo.errors import InputError
-from fastgrpo.rewards.boxes import finite_box, iou_continuous, iou_vlm_r1
+from fastgrpo.rewards.boxes import finite_box, first_box, iou_continuous, iou_vlm_r1
 from fastgrpo.rewards.registry import BadColumn, Unscorable, reward
 from fastgrpo.rewards.text import DIGIT, SPACE, answer, pattern, think_answer
 
 SOURCE = "om-ai-lab/VLM-R1@90052f4"
 
 _INT_BOX = rf"\[({DIGIT}+),{SPACE}*({DIGIT}+),{SPACE}*({DIGIT}+),{SPACE}*({DIGIT}+)\]"
-_NUMBER = r"([-+]?[0-9]{1,9}(?:\.[0-9]{0,9})?)"
-_BOX = rf"\[\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\]"
 
 
 @reward(
@@ -62,16 +60,20 @@ def iou(
     upstream = compat == "upstream"
     truth = _solution_box(solution, upstream)
     content = answer(text)
-    match = pattern(_INT_BOX if upstream else _BOX).search(content) if content else None
-    if match is None:
+    if not content:
         return 0.0
     if family != "qwen" or image_grid_thw is None:
         size = None
     else:
         size = image_size or _size_of(image_path, image, images)
     if upstream:
-        return _upstream_iou(match.groups(), truth, family, image_grid_thw, size, patch_size)
-    box = [float(number) for number in match.groups()]
+        found = pattern(_INT_BOX).search(content)
+        if found is None:
+            return 0.0
+        return _upstream_iou(found.groups(), truth, family, image_grid_thw, size, patch_size)
+    box = first_box(content)
+    if box is None:
+        return 0.0
     if size is not None:
         box = rescale(box, image_grid_thw, size, patch_size)
     if box[2] < box[0] or box[3] < box[1]:
@@ -97,8 +99,8 @@ def _solution_box(solution: Any, upstream: bool) -> list[float]:
             if tagged is None:
                 raise IndexError("list index out of range")
             return json.loads(tagged.strip())
-        match = pattern(_BOX).search(answer(solution, last=True) or solution)
-        solution = [float(n) for n in match.groups()] if match else None
+        tagged = answer(solution, last=True)
+        solution = first_box(solution if tagged is None else tagged)
     if upstream:
         return solution
     if not finite_box(solution):
@@ -196,6 +198,8 @@ def format_rec(text: str, *, family: str = "qwen", compat: str) -> float:
     content = think_then_answer(text)
     if content is None:
         return 0.0
-    wanted = rf"\{{.*{_BOX}.*\}}" if family == "qwen" else _BOX
-    # Without groups: what is asked is only whether there is a match.
-    return float(pattern(wanted.replace("([", "(?:[")).search(content) is not None)
+    if family == "qwen":
+        content = content[max(content.find("{"), 0) : content.rfind("}") + 1]
+        if not content.startswith("{"):
+            return 0.0
+    return float(first_box(content) is not None)

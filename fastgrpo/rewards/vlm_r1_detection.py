@@ -197,9 +197,14 @@ def read_rows(texts, solutions, note: Note, read):
     """Values so far, and the detections and row numbers of those still to be scored."""
     values: list[float | None] = [0.0] * len(texts)
     preds, gts, rows = [], [], []
+    known: dict[str, Detections] = {}  # the rows of a group share their solution
     for i, (text, solution) in enumerate(zip(texts, solutions, strict=True)):
         try:
-            gt = read_solution(solution)
+            gt = known.get(solution) if isinstance(solution, str) else None
+            if gt is None:
+                gt = read_solution(solution)
+                if isinstance(solution, str):
+                    known[solution] = gt
         except BadColumn as fault:
             note(i, f"bad_column: {fault}")
             values[i] = None

@@ -20,6 +20,7 @@ import torch
 
 from fastgrpo.objective import Objective
 from fastgrpo.ops._head import Chunk, Gradients, Head, chunk_rows
+from fastgrpo.ops._select import constant_when_compiled
 from fastgrpo.ops.grpo_loss import terms_and_stats
 from fastgrpo.reference.grpo_loss import Scales, Tokens, token_scales
 from fastgrpo.reference.grpo_metrics import metric_names
@@ -293,7 +294,7 @@ def encode_spec(obj: Objective, kl_terms, sampled_entropy_coef: float) -> str:
     return _dumps(obj, scalars, sampled_entropy_coef)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _dumps(obj: Objective, kl_scalars: list[list], sampled_entropy_coef: float) -> str:
     fields = {"objective": dataclasses.asdict(obj), "kl_terms": kl_scalars}
     return json.dumps(fields | {"sampled_entropy_coef": sampled_entropy_coef})

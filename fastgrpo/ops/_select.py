@@ -50,6 +50,14 @@ def select(op: str, device: torch.device, impl: str | None = None) -> str:
     return impl
 
 
+def constant_when_compiled(function):
+    """`torch.compiler.assume_constant_result`, which itself would import dynamo with the package."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+# Which build and packages are there does not change under a compiled graph.
+@constant_when_compiled
 def why_not(op: str, impl: str, device: torch.device) -> str | None:
     """The reason why `impl` cannot serve `op` on `device`, or None if it can."""
     if impl == "reference":
@@ -67,11 +75,6 @@ def why_not(op: str, impl: str, device: torch.device) -> str | None:
     if impl == "cpp":
         return _extension_missing(_CPP_SYMBOL.get(op, op))
     return None
-
-
-# Which build and packages are there does not change under a compiled graph. This is what
-# torch.compiler.assume_constant_result sets; calling it would import dynamo with the package.
-why_not._dynamo_marked_constant = True
 
 
 def _interpreting() -> bool:

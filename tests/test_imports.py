@@ -87,7 +87,7 @@ def test_no_code_evaluates_or_unpickles_text(folder):
 
 
 def test_layers_import_downwards():
-    """Only the command line and the integrations import trl; references import torch (and scipy)."""
+    """Only command line and integrations import trl; references import torch and scipy."""
     for path in (ROOT / "fastgrpo").rglob("*.py"):
         part = path.relative_to(ROOT / "fastgrpo").parts[0]
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):

@@ -51,7 +51,7 @@ def select(op: str, device: torch.device, impl: str | None = None) -> str:
 
 
 def constant_when_compiled(function):
-    """`torch.compiler.assume_constant_result`, which itself would import dynamo with the package."""
+    """`torch.compiler.assume_constant_result`; that one imports dynamo with the package."""
     function._dynamo_marked_constant = True
     return function
 

@@ -9,10 +9,13 @@ pytest.importorskip("trl")
 
 from fastgrpo import InputError  # noqa: E402
 from fastgrpo.integrations.trl.rows import (  # noqa: E402
+    anchor_group,
     as_groups,
     plan_micro_batches,
     read_rows,
     scatter,
+    scorable,
+    without_gradient,
 )
 
 PAD = 9
@@ -34,16 +37,16 @@ def test_rows_are_cut_by_the_mask_not_by_the_pad_id():
     rows = read_rows(*batch(prompts, completions))
     assert [p.tolist() for p in rows.prompts] == prompts
     assert [c.tolist() for c in rows.completions] == completions
-    groups, members = as_groups(rows)
-    assert members == [0, 1]  # an empty completion is in no group
+    members = scorable(rows)
+    assert members == [0, 1]  # an empty completion is not scored
+    groups = as_groups(rows, members)
     assert [g.prompt_ids.tolist() for g in groups] == prompts[:2]
 
 
 def test_a_truncated_completion_masked_by_trl_is_an_empty_one():
     ids, mask, columns = batch([[1, 2], [1, 2]], [[3, 4, 5], [3, 4, 5]])
     mask[1, 2:] = 0
-    _, members = as_groups(read_rows(ids, mask, columns))
-    assert members == [0]
+    assert scorable(read_rows(ids, mask, columns)) == [0]
 
 
 def test_a_hole_in_a_completion_is_refused():
@@ -89,7 +92,7 @@ def test_another_layout_of_pixels_and_images_of_a_tool_are_refused():
 
 def test_scatter_puts_values_in_their_rows_zeros_elsewhere_and_passes_gradients():
     rows = read_rows(*batch([[1]] * 4, [[2, 3], [], [4, 5, 6], [7]]))
-    _, members = as_groups(rows)
+    members = scorable(rows)
     values = [torch.tensor(v, requires_grad=True) for v in ([1.0, 2.0], [3.0, 4.0, 5.0], [6.0])]
     padded = scatter(values, members, rows)
     assert padded.tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5], [6, 0, 0]]
@@ -134,3 +137,22 @@ def test_groups_that_straddle_processes_are_planned_too():
         frozenset({3, 4, 5, 6}),
         frozenset({0, 1, 2, 7}),
     }
+
+
+def test_only_prompts_without_any_weight_need_no_gradient():
+    rows = read_rows(*batch([[1], [1], [2], [2], [3]], [[4]] * 4 + [[]]))
+    weightless = [True, False, True, True, True]
+    assert without_gradient(rows, scorable(rows), weightless) == [2, 3]
+
+
+def test_a_row_is_scored_with_weight_zero_when_trl_would_reach_more_parameters():
+    images = dict(
+        pixel_values=torch.zeros(4, 3), image_grid_thw=torch.tensor([[1, 2, 2]]), num_images=[0, 1]
+    )
+    rows = read_rows(*batch([[1], [2]], [[3], [4]]), **images)
+    assert anchor_group(rows, [0, 1]) == anchor_group(rows, [1]) == []
+    for members in ([0], []):  # no scored row has an image, but TRL's forward sees one
+        (group,) = anchor_group(rows, members)
+        assert group.prompt_ids.tolist() == [2] and group.vision
+    text = read_rows(*batch([[1], [2]], [[], []]))
+    assert [group.prompt_ids.tolist() for group in anchor_group(text, [])] == [[1]]

@@ -280,6 +280,43 @@ def test_unequal_groups_keep_their_advantages(checkpoint, tmp_path):
     assert advantages[4] < -1 < 1 < advantages[5]
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo", "sapo", "vespo"])
+def test_groups_without_gradient_are_scored_without_backward(checkpoint, tmp_path, loss_type):
+    def first_group_equal(completions, **columns):
+        return [0.5] * 4 + distinct_characters(completions)[4:]
+
+    options = dict(max_steps=3, beta=0.0, rows=IMAGES, reward=first_group_equal, loss_type=loss_type)
+    runs = [
+        build_trainer(
+            FastGRPOTrainer, checkpoint, tmp_path, fast={"skip_zero_gradient": skip}, **options
+        )
+        for skip in (True, False)
+    ]
+    with_gradient = []
+    for trainer in runs:
+        torch.manual_seed(0)
+        score = trainer._score
+
+        def spy(model, groups, outputs, score=score):
+            if torch.is_grad_enabled():
+                with_gradient.append(len(groups))
+            return score(model, groups, outputs)
+
+        trainer._score = spy
+        trainer.train()
+    agree(*runs, ("loss", "grad_norm", "entropy"))
+    assert with_gradient == [4] * 3 + [8] * 3
+
+
+def test_every_group_without_gradient_is_a_zero_step(checkpoint, tmp_path):
+    trainer = build_trainer(
+        FastGRPOTrainer, checkpoint, tmp_path, max_steps=2, beta=0.0, reward=equal_rewards(0.5)
+    )
+    trainer.train()
+    assert [(e["loss"], e["grad_norm"]) for e in steps_of(trainer)] == [(0.0, 0.0)] * 2
+    assert all(e["entropy"] > 0 for e in steps_of(trainer))
+
+
 def test_failing_rewards_do_not_end_the_run(checkpoint, tmp_path, caplog):
     calls = []
 

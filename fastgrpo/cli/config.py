@@ -54,4 +54,5 @@ class FastGRPOConfig(GRPOConfig):
     guard_rewards: bool = _option(True, "Keep running when a reward function fails.")
     reward_timeout: float | None = _option(None, "Seconds a reward function may take per call.")
     exact_zero_advantages: bool = _option(True, "Equal rewards in a group: advantages exactly 0.")
+    skip_zero_gradient: bool = _option(True, "No backward for groups without any gradient.")
     liger_kernels: bool = _option(False, "liger-kernel's layers (not its loss), CUDA only.")

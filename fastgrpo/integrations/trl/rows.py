@@ -99,23 +99,33 @@ def split_vision(
     ]
 
 
-def as_groups(rows: Rows) -> tuple[list[Group], list[int]]:
-    """One group of one completion per row that has completion tokens, and those rows.
+def scorable(rows: Rows) -> list[int]:
+    """Rows with completion tokens: not those that are empty, or masked because truncated."""
+    return [row for row, ids in enumerate(rows.completions) if ids.numel()]
 
-    `score` brings equal prompts together. A row whose completion is empty, or masked because it was
-    truncated, is in no group.
-    """
-    members = [row for row, ids in enumerate(rows.completions) if ids.numel()]
+
+def as_groups(rows: Rows, members: list[int]) -> list[Group]:
+    """One group of one completion per row of `members`; `score` brings equal prompts together."""
     return [
         Group(rows.prompts[row], [rows.completions[row]], rows.vision[row], sample_id=f"row {row}")
         for row in members
-    ], members
+    ]
+
+
+def without_gradient(rows: Rows, members: list[int], weightless: list[bool]) -> list[int]:
+    """Those `members` whose prompt has only completions of zero weight.
+
+    (A completion of zero weight next to others is scored with them: its prompt is there already.)
+    """
+    prompts = {row: tuple(rows.prompts[row].tolist()) for row in members}
+    live = {prompts[row] for row in members if not weightless[row]}
+    return [row for row in members if prompts[row] not in live]
 
 
 def anchor_group(rows: Rows, members: list[int]) -> list[Group]:
     """A group to score with weight 0, so that the parameters TRL gives a zero gradient get one.
 
-    TRL's forward covers rows that are not scored (see `as_groups`): the optimizer's momentum moves
+    TRL's forward covers rows that are not scored (see `scorable`): the optimizer's momentum moves
     parameters only they reach, and every process must run the same forwards. Needed when no row is
     scored, or none with images although there are some; [] otherwise.
     """

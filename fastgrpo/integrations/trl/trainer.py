@@ -20,12 +20,16 @@ from fastgrpo.integrations.trl.rows import (
     plan_micro_batches,
     read_rows,
     scatter,
+    scorable,
+    without_gradient,
 )
 from fastgrpo.integrations.trl.selfcheck import check_against_trl
 from fastgrpo.integrations.trl.support import check_trainer, check_version
 from fastgrpo.integrations.trl.weights import apply_liger_layers, load_renamed
+from fastgrpo.packing import Group
 
 QUARANTINE_COLUMN = "quarantine_reason"
+ONE_ROW = 2**40
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class FastOptions:
     `reward_timeout` (seconds per call): see `RewardGuard`. `exact_zero_advantages`: a group whose
     rewards are all equal gets advantages of exactly 0, where TRL leaves the rounding residue of
     mean and standard deviation (6e-4 for eight rewards of 0.9, 0.85 for eight of 10000.1).
+    `skip_zero_gradient`: no backward for groups whose advantages are all 0, where nothing else in
+    TRL's loss (KL, entropy bonus) gives them a gradient.
     `liger_kernels`: liger-kernel's RMSNorm, rotary and SwiGLU layers (never its loss), CUDA only.
     """
 
@@ -49,6 +55,7 @@ class FastOptions:
     guard_rewards: bool = True
     reward_timeout: float | None = None
     exact_zero_advantages: bool = True
+    skip_zero_gradient: bool = True
     liger_kernels: bool = False
 
 
@@ -57,10 +64,16 @@ class _FastMixin:
 
     def _install(self, options: FastOptions) -> None:
         check_trainer(self, _FastMixin)
+        if self.accelerator.num_processes > 1 and options.max_tokens is not None:
+            raise InputError(
+                "max_tokens: with several processes a micro-batch is one packed row (DDP expects "
+                "one forward per backward); set per_device_train_batch_size instead"
+            )
         self.fast = options
         self._checked_models: set[int] = set()
         self._rewards: Tensor | None = None
         self._grids: list | None = None
+        self._weightless: list[bool] | None = None
         self._guard = RewardGuard(options.reward_timeout)
         if options.guard_rewards:
             self.reward_funcs = [
@@ -72,6 +85,9 @@ class _FastMixin:
         self._placeholder_ids = tuple(i for i in ids if i is not None)
         if options.liger_kernels:
             apply_liger_layers(self)
+        if self.args.ddp_broadcast_buffers is None:
+            # Processes may run a different number of forwards; DDP would wait in each of them.
+            self.args.ddp_broadcast_buffers = False
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -106,31 +122,71 @@ class _FastMixin:
             num_images=num_images,
             mm_token_type_ids=mm_token_type_ids,
         )
-        groups, members = as_groups(rows)
+        members, idle = scorable(rows), []
+        if torch.is_grad_enabled() and self._weightless is not None:
+            idle = without_gradient(rows, members, self._weightless)
+            members = [row for row in members if row not in set(idle)]
+        outputs = ("logp", "entropy") if compute_entropy else ("logp",)
         anchor = anchor_group(rows, members) if torch.is_grad_enabled() else []
-        with self.accelerator.autocast():
-            scores = score(
-                model,
-                groups + anchor,
-                temperature=self.temperature,
-                outputs=("logp", "entropy") if compute_entropy else ("logp",),
-                max_tokens=self.fast.max_tokens,
-                backend=self.fast.backend,
-                self_check=False,  # the check below compares more rows, with TRL's own values
-                placeholders="neutralize",
-            )
-        scored = scores[: len(groups)]
-        logps = scatter([s.logp[0] for s in scored], members, rows)
-        for extra in scores[len(groups) :]:
-            logps = logps + 0.0 * extra.logp[0].sum()
+        scores = self._score(model, as_groups(rows, members) + anchor, outputs)
+        anchored = scores[len(members) :]
+        with torch.no_grad():
+            scores = scores[: len(members)] + self._score(model, as_groups(rows, idle), outputs)
+        members = members + idle
+        logps = scatter([s.logp[0] for s in scores], members, rows)
+        for group in anchored:
+            logps = logps + 0.0 * group.logp[0].sum()
         entropies = None
         if compute_entropy:
-            entropies = scatter([s.entropy[0] for s in scored], members, rows)
+            entropies = scatter([s.entropy[0] for s in scores], members, rows)
         if self.fast.self_check and id(model) not in self._checked_models:
             self._self_check(
                 model, rows, members, logps, input_ids, attention_mask, mm_token_type_ids
             )
         return logps, entropies, None
+
+    def _score(self, model: nn.Module, groups: list[Group], outputs: tuple[str, ...]) -> list:
+        if not groups:
+            return []
+        max_tokens = self.fast.max_tokens
+        if self.accelerator.num_processes > 1:
+            # DDP expects one forward per backward; passes without gradient go around it.
+            if torch.is_grad_enabled():
+                max_tokens = ONE_ROW
+            else:
+                model = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            return score(
+                model,
+                groups,
+                temperature=self.temperature,
+                outputs=outputs,
+                max_tokens=max_tokens,
+                backend=self.fast.backend,
+                self_check=False,  # check_against_trl compares more rows, with TRL's own values
+                placeholders="neutralize",
+            )
+
+    def _compute_loss(self, model, inputs):
+        self._weightless = None
+        if self._advantages_are_the_only_weights():
+            advantages = inputs["advantages"]
+            self._weightless = (advantages.view(len(advantages), -1) == 0).all(1).tolist()
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._weightless = None
+
+    def _advantages_are_the_only_weights(self) -> bool:
+        """Whether a sequence of advantage 0 has a gradient of 0: TRL's own loss, nothing added."""
+        losses = [cls for cls in type(self).__mro__ if "_compute_loss" in vars(cls)]
+        return (
+            self.fast.skip_zero_gradient
+            and losses[:2] == [_FastMixin, GRPOTrainer]
+            and "_compute_loss" not in vars(self)
+            and self.beta == 0.0
+            and not self._entropy_bonus_enabled
+        )
 
     def _self_check(self, model, rows, members, logps, input_ids, attention_mask, types) -> None:
         clean = [row for row in members if not self._is_placeholder(rows.completions[row]).any()]
@@ -284,7 +340,7 @@ def accelerate(trainer: GRPOTrainer, **options) -> GRPOTrainer:
     chosen = _options(options)
     if isinstance(trainer, _FastMixin):
         raise InputError(f"{type(trainer).__name__} is accelerated already")
-    check_trainer(trainer, _FastMixin)
+    check_trainer(trainer, _FastMixin)  # before the instance is touched
     cls = type(trainer)
     fast = (
         FastGRPOTrainer

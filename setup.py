@@ -106,7 +106,8 @@ def cuda_rules(output: Path) -> str:
     nvcc = find_nvcc()
     archs = os.environ.get("FASTGRPO_CUDA_ARCHS", "80,90a,100").split(",")
     code = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
-    flags = "-O3 -std=c++17 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden"
+    code += f" -gencode arch=compute_{archs[0]},code=compute_{archs[0]}"  # PTX for other GPUs
+    flags = "-O3 -std=c++17 -fmad=false --threads 2 -Xcompiler -fPIC,-fvisibility=hidden"
     sources = " ".join(escape(ROOT / source) for source in CUDA_SOURCES)
     headers = " ".join(escape(ROOT / header) for header in HEADERS)
     return (

@@ -69,10 +69,9 @@ class FeatureStore:
     def __init__(self, keep: set[int], *, detach: bool = False):
         self.keep, self.detach = keep, detach
         self.whole = False  # deepstack features are one tensor per layer, not one per image
-        self._features: dict[
-            int, list[Tensor]
-        ] = {}  # image -> pooled, then one per deepstack layer
-        self._sources: list[tuple[Tensor, Tensor]] = []  # (tower's output, leaf)
+        # image -> its pooled features, then those of each deepstack layer
+        self._features: dict[int, list[Tensor]] = {}
+        self._sources: list[tuple[Tensor, Tensor]] = []  # (the tower's output, its leaf)
 
     def missing(self, ids: Iterable[int]) -> list[int]:
         """The distinct images of `ids`, in order, whose features are not here yet."""

@@ -16,6 +16,7 @@ import fastgrpo as fg
 
 # A slow peer is timed on this many completions and reported per completion.
 PEER_ROWS = 16
+GROUP = 8
 LENGTHS = (1_000, 10_000, 100_000, 1_000_000)
 FENCE = re.compile(r"```json(.*?)```", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -23,13 +24,14 @@ BOX = re.compile(r"\[(\d+),\s*(\d+),\s*(\d+),\s*(\d+)]")
 
 
 class Case:
-    """A batch of detection answers: the true boxes, moved a little and shuffled."""
+    """Detection answers in groups of GROUP that share a solution: its boxes, moved a little."""
 
     def __init__(self, B: int, n: int) -> None:
         rng = random.Random(0)
         self.texts, self.solutions = [], []
-        for _ in range(B):
-            truth = [self.item(rng, i) for i in range(n)]
+        for k in range(B):
+            if k % GROUP == 0:
+                truth = [self.item(rng, i) for i in range(n)]
             said = [
                 {**item, "bbox_2d": [v + rng.randint(-5, 5) for v in item["bbox_2d"]]}
                 for item in truth

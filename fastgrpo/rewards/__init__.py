@@ -26,6 +26,7 @@ from fastgrpo.rewards import (
     vlm_r1_detection,
     vrag_rl,
 )
+from fastgrpo.rewards.math_pool import configure as configure_math
 from fastgrpo.rewards.registry import Reward, get, names, reset_stats, reward, stats
 
-__all__ = ["Reward", "get", "names", "reset_stats", "reward", "stats"]
+__all__ = ["Reward", "configure_math", "get", "names", "reset_stats", "reward", "stats"]

@@ -57,7 +57,7 @@ def _judgement(text: str | None, compat: str) -> str | None:
     return "yes" if yes else "no" if no else None
 
 
-@reward("curr_reft/stage1", columns=("solution",), optional=("task",), source=SOURCE)
+@reward("curr_reft/stage1", columns=("solution",), optional=("task",), verifies=True, source=SOURCE)
 def stage1(text: str, *, solution: str, task: str = "judge", compat: str) -> float:
     """1 when answer and solution make the same yes/no judgement.
 

@@ -101,7 +101,7 @@ def grounding_format(text: str, *, compat: str) -> float:
     return float(pattern(whole).fullmatch(text.strip()) is not None)
 
 
-@reward("perception_r1/accuracy", columns=("solution",), source=XIAO)
+@reward("perception_r1/accuracy", columns=("solution",), verifies=True, source=XIAO)
 def accuracy(text: str, *, solution, compat: str) -> float:
     """1 when math-verify finds the answer equal to the solution.
 

@@ -134,7 +134,7 @@ def grip_weighted_iou(texts, note, *, solution, salience=None, compat: str):
 
 
 @reward("vacot/total", columns=("solution",), optional=("tool_needed", "completion_ids"),
-        range=(-0.5, 1.5), source=f"VACoT, {_READING}")  # fmt: skip
+        range=(-0.5, 1.5), verifies=True, source=f"VACoT, {_READING}")  # fmt: skip
 def vacot(
     text: str,
     *,
@@ -263,7 +263,7 @@ def listener(
 
 
 @reward("vlaa_thinking/rule", columns=("solution", "problem_type"),
-        source="VLAA-Thinking, our own reading of its README figure")  # fmt: skip
+        verifies=True, source="VLAA-Thinking, our own reading of its README figure")  # fmt: skip
 def vlaa_rule(text: str, *, solution: Any, problem_type: str, compat: str) -> float:
     """By type: "digit" equal integers, "mcq" the letter, "math" math-verify, "iou" the box's IoU.
 

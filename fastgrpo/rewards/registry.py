@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastgrpo.errors import InputError
+from fastgrpo.rewards import math_pool
 
 log = logging.getLogger("fastgrpo.rewards")
 
@@ -56,6 +57,7 @@ class Spec:
     upstream_range: tuple[float, float]
     source: str
     batched: bool
+    verifies: bool
     fallback: float
     doc: str
     optional: tuple[str, ...] = ()
@@ -71,12 +73,14 @@ def reward(
     upstream_range: tuple[float, float] | None = None,
     source: str,
     batched: bool = False,
+    verifies: bool = False,
     fallback: float | None = None,
     presets: dict[str, dict[str, Any]] | None = None,
 ):
     """Register the decorated scorer as `name`.
 
-    `optional` columns are passed when the batch has them. `fallback` is the value of a completion
+    `optional` columns are passed when the batch has them. `verifies`: the scorer asks `math_pool`,
+    so the rows of a batch are asked together. `fallback` is the value of a completion
     that cannot be scored (default: the lowest). `presets` registers further names with other
     defaults of the scorer's parameters.
     """
@@ -100,6 +104,7 @@ def reward(
                 upstream_range=upstream_range or range,
                 source=source,
                 batched=batched,
+                verifies=verifies,
                 fallback=range[0] if fallback is None else fallback,
                 doc=inspect.cleandoc(score.__doc__ or ""),
                 optional=tuple(optional),
@@ -163,7 +168,8 @@ class Reward:
         settings = {**self.params, **extra, "compat": self.compat}
         if self._spec.batched:
             return self._spec.score(texts, note, **given, **settings)
-        return guarded(self._spec.score, texts, note, given, settings, self._spec.fallback)
+        row_wise = guarded if not self._spec.verifies else verified
+        return row_wise(self._spec.score, texts, note, given, settings, self._spec.fallback)
 
     def _fixed(self, completions, given, extra) -> list[float | None]:
         rewards: list[float | None] = [self._spec.fallback] * len(completions)
@@ -202,6 +208,18 @@ class Reward:
         counts[reason] += 1
         if counts[reason] == 1:
             log.warning("%s: %s (further ones are only counted, see stats())", self.name, reason)
+
+
+def verified(score, texts, note, columns, settings, fallback: float) -> list[float | None]:
+    """`guarded`, with the mathematical questions of all rows asked in one batch before."""
+    if len(texts) > 1:
+        with math_pool.together():
+            for i, text in enumerate(texts):
+                try:
+                    score(text, **{key: column[i] for key, column in columns.items()}, **settings)
+                except (*TEXT_FAULTS, NotImplementedError):
+                    continue
+    return guarded(score, texts, note, columns, settings, fallback)
 
 
 def guarded(score, texts, note, columns, settings, fallback: float) -> list[float | None]:

@@ -28,7 +28,7 @@ def _formatted_answer(text: str, compat: str) -> str | None:
     return content
 
 
-@reward("sophiavl_r1/math", columns=("solution",), source=SOURCE)
+@reward("sophiavl_r1/math", columns=("solution",), verifies=True, source=SOURCE)
 def math_score(text: str, *, solution: str, compat: str) -> float:
     """1 when the answer equals the solution by mathruler's rules (`grade_answer`).
 

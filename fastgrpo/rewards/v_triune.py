@@ -314,7 +314,7 @@ def math_format(text: str, *, compat: str) -> float:
     return score
 
 
-@reward("v_triune/math", columns=("solution",), source=SOURCE)
+@reward("v_triune/math", columns=("solution",), verifies=True, source=SOURCE)
 def math_accuracy(text: str, *, solution, compat: str) -> float:
     """1 when math-verify finds the boxed LaTeX of the lower-cased text equal to the solution.
 

@@ -43,7 +43,7 @@ def format_reward(text: str, *, compat: str) -> float:
     return float(pattern(_FORMAT).fullmatch(tight_tags(text)) is not None)
 
 
-@reward("vision_sr1/accuracy", columns=("solution",), source=SOURCE)
+@reward("vision_sr1/accuracy", columns=("solution",), verifies=True, source=SOURCE)
 def accuracy(text: str, *, solution: str, compat: str) -> float:
     r"""1 when the last `\boxed{}` equals the solution by mathruler's rules (`grade_answer`).
 
@@ -59,7 +59,7 @@ def accuracy(text: str, *, solution: str, compat: str) -> float:
 
 
 @reward("vision_sr1/description_accuracy", columns=("solution", "description_answer"),
-        source=SOURCE)  # fmt: skip
+        verifies=True, source=SOURCE)  # fmt: skip
 def description_accuracy(
     text: str, *, solution: str, description_answer: str, compat: str
 ) -> float:
@@ -77,6 +77,7 @@ def description_accuracy(
     "vision_sr1/total",
     columns=("solution", "description_answer"),
     range=(0.0, 2.0),
+    verifies=True,
     source=SOURCE,
 )
 def total(

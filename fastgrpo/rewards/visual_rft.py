@@ -64,7 +64,7 @@ def format_reward(text: str, *, compat: str) -> float:
     return float(think_then_answer(text) is not None)
 
 
-@reward("visual_rft/classification", columns=("solution",), source=SOURCE)
+@reward("visual_rft/classification", columns=("solution",), verifies=True, source=SOURCE)
 def classification(text: str, *, solution, compat: str) -> float:
     """1 when answer and solution name the same class, blanks, underscores and case aside.
 
@@ -93,7 +93,7 @@ _POINT = r"\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\)"
 _CORNERS = rf"{_POINT}\s*,\s*{_POINT}"
 
 
-@reward("visual_rft/giou", columns=("solution",), range=(0.0, 2.0), source=SOURCE)
+@reward("visual_rft/giou", columns=("solution",), range=(0.0, 2.0), verifies=True, source=SOURCE)
 def giou_reward(text: str, *, solution, compat: str) -> float:
     """1 + GIoU of the box "(x1,y1),(x2,y2)" of the answer with the solution's, in [0, 2].
 

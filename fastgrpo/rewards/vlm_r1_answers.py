@@ -11,7 +11,7 @@ from fastgrpo.errors import InputError
 from fastgrpo.rewards import math_pool
 from fastgrpo.rewards.detection import MAX_BOXES
 from fastgrpo.rewards.math_answers import boxed, numbers_equal, same_latex
-from fastgrpo.rewards.registry import BadColumn, Unscorable, guarded, reward
+from fastgrpo.rewards.registry import BadColumn, Unscorable, guarded, reward, verified
 from fastgrpo.rewards.text import (
     MAX_JSON,
     answer,
@@ -136,7 +136,7 @@ def all_match(text: str, *, solution, compat: str) -> float:
     return float(clean_text(said).split() == truth.split())
 
 
-@reward("vlm_r1/math", columns=("solution",), source=SOURCE)
+@reward("vlm_r1/math", columns=("solution",), source=SOURCE, verifies=True)
 def math_reward(text: str, *, solution, compat: str) -> float:
     """1 when the cleaned answer equals the solution as text, by math-verify, or as boxed LaTeX.
 
@@ -156,7 +156,7 @@ def math_reward(text: str, *, solution, compat: str) -> float:
     return float(same_latex(said if inner is None else inner, truth))
 
 
-@reward("vlm_r1/default", columns=("solution",), source=SOURCE)
+@reward("vlm_r1/default", columns=("solution",), source=SOURCE, verifies=True)
 def default_accuracy(text: str, *, solution, compat: str) -> float:
     """1 by math-verify; else equal numbers, the choice letter, or the Levenshtein ratio.
 
@@ -396,4 +396,5 @@ def _row_scores(name, texts, solution, note, judge, compat):
     settings = {"compat": compat}
     if name == "llm":
         score, settings = llm, {"compat": compat, "judge": judge}
-    return guarded(score, texts, note, {"solution": solution}, settings, 0.0)
+    row_wise = verified if score in (math_reward, default_accuracy) else guarded
+    return row_wise(score, texts, note, {"solution": solution}, settings, 0.0)

@@ -282,3 +282,43 @@ def test_refusals():
     for message, kwargs in cases:
         with pytest.raises(fg.InputError, match=message):
             call(obj, b, kwargs.pop("impl", "torch"), **kwargs)
+
+
+@pytest.mark.parametrize("name", ["dapo", "gmpo"])
+@pytest.mark.parametrize("entropy,softcap", [(0.0, None), (0.1, None), (0.1, 4.0)])
+def test_bfloat16_route_of_a_gpu(monkeypatch, name, entropy, softcap):
+    """The CUDA route on CPU: bf16 matmuls emulated, E in bf16 over its logits."""
+    from fastgrpo.ops import _head, _linear_logprob, linear_logprob
+
+    def mm_wide(a, b, out=None, add=False):
+        assert a.dtype == b.dtype == torch.bfloat16
+        product = a.float() @ b.float()
+        return product if out is None else out.add_(product) if add else out.copy_(product)
+
+    b = batch(torch.bfloat16)
+    kwargs = {"softcap": softcap, "num_tokens": 3.0}
+    fields = {"entropy_coef": entropy, "vllm_importance_sampling_mode": "token_mask"}
+    obj = fg.Objective(name, beta=0.1, **fields)
+    wide = {k: x.double() if x.is_floating_point() else x for k, x in b.items()}
+    want = call(obj, wide, "reference", **kwargs)
+    b |= {k: wide[k].float() for k in ("old_logp", "ref_logp", "rollout_logp", "advantages")}
+    logp = fg.linear_logprob(b["hidden"], b["weight"], b["targets"]).logp
+    for module in (_head, _linear_logprob, linear_logprob):
+        monkeypatch.setattr(module, "bfloat16_products", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(_head, "mm_wide", mm_wide)
+    got = call(obj, b, "torch", workspace_mb=4 * V * 4 / 2**20, **kwargs)
+    assert (got[1] - want[1]).abs().max() <= 2e-4
+    for a, e in zip(got[2], want[2], strict=True):
+        assert relative_error(a, e) < 8e-3  # a few bf16 roundings of few terms
+    for outputs, workspace in ((("logp",), None), (("logp", "entropy"), None), (("logp",), 1e-9)):
+        leaves = [b[k].clone().requires_grad_() for k in ("hidden", "weight")]
+        options = {"outputs": outputs, "workspace_mb": workspace, "impl": "torch"}
+        out = fg.linear_logprob(*leaves, b["targets"], **options)
+        torch.testing.assert_close(out.logp, logp, atol=2e-4, rtol=0)
+        total = out.logp.sum() + (out.entropy.sum() if "entropy" in outputs else 0.0)
+        exact = [wide[k].clone().requires_grad_() for k in ("hidden", "weight")]
+        ref = fg.linear_logprob(*exact, b["targets"], outputs=outputs, impl="reference")
+        ref_total = ref.logp.sum() + (ref.entropy.sum() if "entropy" in outputs else 0.0)
+        grads = torch.autograd.grad(total, leaves), torch.autograd.grad(ref_total, exact)
+        for a, e in zip(*grads, strict=True):
+            assert relative_error(a, e) < 8e-3

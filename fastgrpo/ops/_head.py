@@ -58,13 +58,13 @@ class Head:
         group_name: str = "",
     ) -> None:
         wide = torch.promote_types(weight.dtype, torch.float32)
-        half = weight.dtype == torch.bfloat16 and weight.device.type == "cuda"
+        half = bfloat16_products(weight)
         self.acc_dtype = wide
         self.weight = weight.detach().to(weight.dtype if half else wide)
         self.half = half
         self.bias = None if bias is None else bias.detach().to(wide)
         self.softcap, self.logit_scale = softcap, logit_scale
-        self.offset_exp = offset_exp_as(impl)
+        self.offset_exp, self.impl = offset_exp_as(impl), impl
         self.shard = Shard(group_name, weight.shape[0]) if group_name else None
 
     def buffer(self, rows: int) -> torch.Tensor:
@@ -77,9 +77,13 @@ class Head:
         return x.to(self.weight.dtype)
 
     def logits(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        if self.half:
-            return torch.mm(x, self.weight.t(), out_dtype=torch.float32, out=out)
-        return torch.mm(x, self.weight.t(), out=out)
+        mm = mm_wide if self.half else torch.mm
+        return mm(x, self.weight.t(), out=out)
+
+    def chunk_rows(self, rows: int, workspace_mb: float | None) -> int:
+        """Rows of a chunk of this head."""
+        V, device = len(self.weight), self.weight.device.type
+        return chunk_rows(V, rows, self.acc_dtype.itemsize, workspace_mb, device)
 
     def chunk(
         self,
@@ -183,6 +187,9 @@ class Head:
             return c.exps, v * -dlogp
         y = y if self.shard is None else self.shard.local(y)
         E = c.exps if in_place else c.exps.clone()
+        if self.impl == "triton":
+            self._weigh_by_kernel(E, c, y, inv_t, dlogp, dentropy)
+            return E, -v
         step = max(1, _BLOCK // max(E.shape[1], 1)) if E.device.type == "cpu" else len(E)
         for start in range(0, len(E), max(step, 1)):
             rows = slice(start, start + step)
@@ -211,6 +218,23 @@ class Head:
             at_target = at_target * (1.0 - (c.target_logit / self.softcap) ** 2)
         E.mul_(factor)
         set_target_(E, y[:, None], at_target[:, None], self.shard is not None)
+
+    def _weigh_by_kernel(self, E, c, y, inv_t, dlogp, dentropy) -> None:
+        """`_weigh_rows` of all rows in one kernel: the numbers of a row here, the rest there."""
+        shift = torch.zeros_like(c.total) if c.shift is None else c.shift
+        own = torch.exp(-shift)
+        at_target = -dlogp * (c.total - own)
+        constant = T = middle = None
+        if dentropy is not None:
+            constant = c.entropy - c.total.log()
+            inner = torch.where(own > 0, c.logp + c.entropy, torch.zeros_like(own))
+            at_target = at_target + dentropy * own * inner
+        if self.softcap is not None:
+            T = torch.ones_like(own) if inv_t is None else 1.0 / inv_t
+            middle = c.target_logit + T * shift
+            at_target = at_target * (1.0 - (c.target_logit / self.softcap) ** 2)
+        weigh = importlib.import_module("fastgrpo_kernels.weigh_exps").weigh_exps_
+        weigh(E, y, dlogp, dentropy, constant, T, middle, at_target, self.softcap or 1.0)
 
 
 def _rows_of(c: Chunk, rows: slice) -> Chunk:
@@ -277,12 +301,10 @@ class Gradients:
         if self.need[1]:
             u = v if self.dweight_scale == 1.0 else v * self.dweight_scale
             scaled = (x * u[:, None]).to(x.dtype)
-            if head.half:
-                beta = 0.0 if self.first else 1.0
-                kwargs = {"beta": beta, "out_dtype": torch.float32, "out": self.dweight}
-                torch.addmm(self.dweight, E.t(), scaled, **kwargs)
-            elif self.first:
-                torch.mm(E.t(), scaled, out=self.dweight)
+            if self.first:
+                (mm_wide if head.half else torch.mm)(E.t(), scaled, out=self.dweight)
+            elif head.half:
+                mm_wide(E.t(), scaled, out=self.dweight, add=True)
             else:
                 self.dweight.addmm_(E.t(), scaled)
             self.first = False
@@ -294,9 +316,8 @@ class Gradients:
         if isinstance(rows, slice) and not self.head.half:
             torch.mm(E, weight, out=self.dhidden[rows]).mul_(v[:, None])
             return
-        kwargs = {"out_dtype": torch.float32} if self.head.half else {}
-        dx = torch.mm(E, weight, **kwargs).mul_(v[:, None])
-        self.dhidden[rows] = dx
+        dx = mm_wide(E, weight) if self.head.half else torch.mm(E, weight)
+        self.dhidden[rows] = dx.mul_(v[:, None])
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dhidden, dweight, dbias) as accumulated; empty tensors for what was not asked for."""
@@ -305,6 +326,22 @@ class Gradients:
         if self.head.shard is not None and self.need[0]:
             self.head.shard.sum(self.dhidden)
         return self.dhidden, self.dweight, self.dbias
+
+
+def bfloat16_products(x: torch.Tensor) -> bool:
+    """Whether the matmuls take bfloat16 inputs: on CUDA, where they give float32 results."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cuda"
+
+
+def mm_wide(
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None, add: bool = False
+) -> torch.Tensor:
+    """a @ b of bfloat16 inputs in float32, into or onto `out`, never rounded in between."""
+    if add:
+        return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    if out is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def offset_exp_as(impl: str) -> Callable:
@@ -316,14 +353,17 @@ def offset_exp_as(impl: str) -> Callable:
     return offset_exp
 
 
-def chunk_rows(vocabulary: int, rows: int, itemsize: int, workspace_mb: float | None) -> int:
-    """Rows of a chunk: what `workspace_mb` holds, by default 128 MiB but at least 512 rows.
-
-    Fewer rows starve the matmuls: each chunk reads and writes all of dweight.
+def chunk_rows(
+    vocabulary: int, rows: int, itemsize: int, workspace_mb: float | None, device: str = "cpu"
+) -> int:
+    """Rows of a chunk: what `workspace_mb` holds; by default 64 MiB but at least 512 rows, on a
+    GPU 4096 rows. Fewer rows starve the matmuls: each chunk reads and writes all of dweight.
     """
-    budget = 128.0 if workspace_mb is None else workspace_mb
-    fit = int(budget * 2**20 // max(vocabulary * itemsize, 1))
-    return max(1, min(rows, 4096, fit if workspace_mb is not None else max(fit, 512)))
+    row = max(vocabulary * itemsize, 1)
+    fit = int((64.0 if workspace_mb is None else workspace_mb) * 2**20 // row)
+    if workspace_mb is None:
+        fit = 4096 if device == "cuda" else max(fit, 512)
+    return max(1, min(rows, 4096, fit))
 
 
 def whole_weight(weight: torch.Tensor) -> torch.Tensor:

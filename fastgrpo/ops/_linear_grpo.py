@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from fastgrpo.objective import Objective
-from fastgrpo.ops._head import Chunk, Gradients, Head, chunk_rows
+from fastgrpo.ops._head import Chunk, Gradients, Head
 from fastgrpo.ops._select import constant_when_compiled
 from fastgrpo.ops.grpo_loss import terms_and_stats
 from fastgrpo.reference.grpo_loss import Scales, Tokens, token_scales
@@ -184,7 +184,7 @@ def _run_blocks(
     clamped = hidden.new_zeros((), dtype=torch.int64)
     kept = tokens.mask.nonzero()[:, 0]
     index = None if len(kept) == len(targets) else kept
-    step = chunk_rows(len(head.weight), len(kept), head.acc_dtype.itemsize, workspace_mb)
+    step = head.chunk_rows(len(kept), workspace_mb)
     buffer = head.buffer(step)
     entropy = tokens.entropy is not None
 

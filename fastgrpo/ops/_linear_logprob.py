@@ -10,7 +10,7 @@ Letters: N rows, D hidden size, V vocabulary.
 
 import torch
 
-from fastgrpo.ops._head import Chunk, Gradients, Head, chunk_rows
+from fastgrpo.ops._head import Chunk, Gradients, Head, bfloat16_products
 from fastgrpo.reference.linear_logprob import IGNORE
 
 
@@ -85,8 +85,7 @@ def _kept(
     if plan == "frozen":
         return hidden.new_zeros(hidden.shape, dtype=wide), stats
     if plan == "keep":
-        half = hidden.dtype == torch.bfloat16 and hidden.device.type == "cuda"
-        dtype = torch.bfloat16 if half else wide
+        dtype = torch.bfloat16 if bfloat16_products(hidden) else wide
         return hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=dtype), stats
     return hidden.new_empty(0, dtype=wide), stats
 
@@ -186,11 +185,11 @@ class _Work:
     """Chunks of the rows that have a target: (rows of hidden, position among those rows)."""
 
     def __init__(self, targets: torch.Tensor, head: Head, workspace_mb: float | None) -> None:
-        N, V = len(targets), head.weight.shape[0]
+        N = len(targets)
         rows = (targets != IGNORE).nonzero()[:, 0]
         self.count = len(rows)
         self.index = None if self.count == N else rows
-        self.step = chunk_rows(V, self.count, head.acc_dtype.itemsize, workspace_mb)
+        self.step = head.chunk_rows(self.count, workspace_mb)
 
     def __iter__(self):
         for start in range(0, self.count, self.step):

@@ -6,7 +6,7 @@ import torch
 
 from fastgrpo.checks import check_choice, check_positive, check_targets, check_tensor
 from fastgrpo.errors import InputError
-from fastgrpo.ops._head import whole_weight
+from fastgrpo.ops._head import bfloat16_products, whole_weight
 from fastgrpo.ops._linear_logprob import linear_logprob_op
 from fastgrpo.ops._select import select
 from fastgrpo.reference import linear_logprob as reference
@@ -57,8 +57,8 @@ def linear_logprob(
         temperature: a number > 0, or (N,).
         outputs: "logp", and "entropy" if wanted; entropy_grad=False saves its backward work.
         impl: "reference", "torch", "cpp", "triton"; None picks the fastest there is.
-        workspace_mb: memory for a chunk of logits (default 128, at least 512 rows), and, if given,
-            for keeping the exponentials (default 512).
+        workspace_mb: memory for a chunk of logits (default 64, at least 512 rows; on a GPU 4096
+            rows), and for keeping the exponentials (default 512).
         process_group: the weight and bias are this rank's vocabulary shard, in rank order; hidden
             and targets are the same on all ranks, and so is every result but dweight and dbias.
 
@@ -128,8 +128,7 @@ def _plan(
         return "forward"
     if not head_needs and not entropy_grad:
         return "frozen"
-    half = hidden.dtype == torch.bfloat16 and hidden.device.type == "cuda"
-    itemsize = 2 if half else max(4, hidden.dtype.itemsize)
+    itemsize = 2 if bfloat16_products(hidden) else max(4, hidden.dtype.itemsize)
     size = hidden.shape[0] * weight.shape[0] * itemsize
     return (
         "keep" if size <= (512.0 if workspace_mb is None else workspace_mb) * 2**20 else "recompute"

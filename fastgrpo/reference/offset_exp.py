@@ -100,7 +100,7 @@ def set_target_(
 ) -> None:
     """z[i, y_i] = value_i in place; of sharded columns only where y_i lies in the shard."""
     if not sharded:
-        z.scatter_(1, y, value)
+        z.scatter_(1, y, value.to(z.dtype) if isinstance(value, torch.Tensor) else value)
         return
     here = ((y >= 0) & (y < z.shape[1])).nonzero()[:, 0]
     columns = y[here, 0]

@@ -21,7 +21,15 @@ import triton
 import triton.language as tl
 from fastgrpo_kernels import aot
 
-OWN = ("offset_exp", "token_kl", "grpo_loss", "linear_kl", "group_advantages", "box_iou")
+OWN = (
+    "offset_exp",
+    "weigh_exps",
+    "token_kl",
+    "grpo_loss",
+    "linear_kl",
+    "group_advantages",
+    "box_iou",
+)
 
 
 def test_doctor_names_packages_ops_and_reasons(capsys, tmp_path):

@@ -23,6 +23,7 @@ from triton.errors import TritonError
 
 MODULES = (
     "offset_exp",
+    "weigh_exps",
     "token_kl",
     "grpo_loss",
     "linear_kl",

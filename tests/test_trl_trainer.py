@@ -285,7 +285,9 @@ def test_groups_without_gradient_are_scored_without_backward(checkpoint, tmp_pat
     def first_group_equal(completions, **columns):
         return [0.5] * 4 + distinct_characters(completions)[4:]
 
-    options = dict(max_steps=3, beta=0.0, rows=IMAGES, reward=first_group_equal, loss_type=loss_type)
+    options = dict(
+        max_steps=3, beta=0.0, rows=IMAGES, reward=first_group_equal, loss_type=loss_type
+    )
     runs = [
         build_trainer(
             FastGRPOTrainer, checkpoint, tmp_path, fast={"skip_zero_gradient": skip}, **options

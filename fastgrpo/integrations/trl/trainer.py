@@ -86,7 +86,7 @@ class _FastMixin:
         if options.liger_kernels:
             apply_liger_layers(self)
         if self.args.ddp_broadcast_buffers is None:
-            # Processes may run a different number of forwards; DDP would wait in each of them.
+            # Passes without gradient may differ between processes; DDP would wait in each.
             self.args.ddp_broadcast_buffers = False
 
     def _get_per_token_logps_and_entropies(
@@ -127,14 +127,16 @@ class _FastMixin:
             idle = without_gradient(rows, members, self._weightless)
             members = [row for row in members if row not in set(idle)]
         outputs = ("logp", "entropy") if compute_entropy else ("logp",)
-        anchor = anchor_group(rows, members) if torch.is_grad_enabled() else []
+        # Several processes: `score` is a collective, so each one calls it once, whatever it holds.
+        anchored = torch.is_grad_enabled() or self.accelerator.num_processes > 1
+        anchor = anchor_group(rows, members) if anchored else []
         scores = self._score(model, as_groups(rows, members) + anchor, outputs)
-        anchored = scores[len(members) :]
+        scores, extra = scores[: len(members)], scores[len(members) :]
         with torch.no_grad():
-            scores = scores[: len(members)] + self._score(model, as_groups(rows, idle), outputs)
+            scores += self._score(model, as_groups(rows, idle), outputs)
         members = members + idle
         logps = scatter([s.logp[0] for s in scores], members, rows)
-        for group in anchored:
+        for group in extra:
             logps = logps + 0.0 * group.logp[0].sum()
         entropies = None
         if compute_entropy:
@@ -182,6 +184,7 @@ class _FastMixin:
         losses = [cls for cls in type(self).__mro__ if "_compute_loss" in vars(cls)]
         return (
             self.fast.skip_zero_gradient
+            and self.accelerator.num_processes == 1  # `score` is a collective
             and losses[:2] == [_FastMixin, GRPOTrainer]
             and "_compute_loss" not in vars(self)
             and self.beta == 0.0

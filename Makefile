@@ -7,7 +7,7 @@ CONSTRAINTS := requirements/constraints.txt
 OLDEST := 5.17.0
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo test test-matrix test-slow test-gpu bench recipes lint clean
+.PHONY: env demo test test-matrix test-slow test-gpu sanitize bench recipes lint clean
 
 env: $(VENV)/.ready
 
@@ -46,8 +46,12 @@ test-slow: env
 test-gpu: env
 	$(BIN)/python -m pytest -q -m gpu
 
+# memcheck and racecheck of every kernel on tiny inputs; needs a CUDA device.
+sanitize: env
+	PATH="$(BIN):$$PATH" bench/sanitize.sh
+
 bench: env
-	$(BIN)/python -m fastgrpo.cli bench
+	$(BIN)/fastgrpo bench
 
 recipes: env
 	$(BIN)/python -m fastgrpo.recipes > docs/recipes.md

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import types
 
 import pytest
 import torch
@@ -273,3 +274,23 @@ def test_refusals_name_the_field():
             kwargs["seq_ids"][6] = 0
         with pytest.raises(fg.InputError, match=message):
             call(objective, batch, **{"seq_ids": SEQ} | kwargs)
+
+
+def test_from_trl_takes_every_field_it_knows():
+    config = types.SimpleNamespace(
+        loss_type="cispo", importance_sampling_level="token", epsilon=0.1, epsilon_high=5.0,
+        delta=None, beta=0.01, use_bias_correction_kl=False, temperature=0.9, entropy_coef=0.02,
+        top_entropy_quantile=0.8, max_completion_length=64, off_policy_mask_threshold=0.2,
+        use_vllm=True, vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode="token_mask", vllm_importance_sampling_clip_max=2.0,
+        vllm_importance_sampling_clip_min=0.5, unrelated="ignored",
+    )  # fmt: skip
+    obj = fg.Objective.from_trl(config)
+    for name, value in vars(config).items():
+        if name not in ("use_vllm", "unrelated"):
+            assert getattr(obj, name) == value
+    config.use_vllm = False
+    assert not fg.Objective.from_trl(config).vllm_importance_sampling_correction
+    config.use_adaptive_entropy = True
+    with pytest.raises(fg.InputError, match="use_adaptive_entropy"):
+        fg.Objective.from_trl(config)

@@ -345,3 +345,23 @@ def test_errors_name_the_argument_and_the_row():
             kwargs["temperature"][0:2] = 1.0
         with pytest.raises(fg.InputError, match=message.replace("(", r"\(")):
             fg.linear_logprob(*args, **kwargs)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_no_clip_flag_differs_from_float64_on_bfloat16_inputs(impl):
+    """1e5 tokens whose float64 ratio is at least 1e-3 from a clip edge."""
+    n, d, v = 100_000, 16, 64
+    h, w, y, _ = inputs(n, d, v, torch.bfloat16, bias=False)
+    with torch.no_grad():
+        exact = fg.linear_logprob(h.double(), w.double(), y, impl="torch").logp
+        ours = fg.linear_logprob(h, w, y, impl=impl).logp
+    ratio = torch.rand(n, dtype=torch.float64) + 0.5
+    away = ((ratio - 0.8).abs() > 1e-3) & ((ratio - 1.2).abs() > 1e-3)
+    old, A = exact - ratio.log(), torch.where(torch.rand(n) > 0.5, 1.0, -1.0)
+    flags = []
+    for logp in (exact, ours):
+        leaf = logp[away].requires_grad_()
+        kwargs = {"seq_ids": torch.arange(len(leaf)), "old_logp": old[away].to(leaf.dtype)}
+        loss = fg.grpo_loss(leaf, A[away].to(leaf.dtype), fg.Objective("dapo"), **kwargs).loss
+        flags.append(torch.autograd.grad(loss, leaf)[0] == 0)
+    assert torch.equal(*flags) and 0.1 < flags[0].float().mean() < 0.9

@@ -20,7 +20,7 @@ class GRPOLoss:
 
     loss: 0-dim, differentiable. metrics: 0-dim tensors under TRL's names. logp: (N,) detached.
     stats: (K, 2) mergeable statistics behind `metrics`, in the order of `stat_names`; see
-    `merge_metrics`. plan: how the gradients were made (linear_grpo_loss only).
+    `merge_metrics`. plan, overflow: see `linear_grpo_loss`; only it sets them.
     """
 
     loss: torch.Tensor
@@ -28,6 +28,7 @@ class GRPOLoss:
     stats: torch.Tensor
     stat_names: tuple[str, ...]
     plan: str = "autograd"
+    overflow: torch.Tensor | None = None
     metrics: dict[str, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:

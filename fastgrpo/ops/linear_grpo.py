@@ -70,8 +70,9 @@ def linear_grpo_loss(
             leaves weight.grad alone. Eager only.
 
     Returns GRPOLoss: loss is differentiable in hidden, weight and bias (once); logp (N,) is
-    detached, 0 where masked; plan is "one_pass", "two_pass" where some rows need it, "forward",
-    or "autograd" for the reference.
+    detached, 0 where masked; plan is "one_pass", "two_pass" (top_entropy_quantile), "forward" (no
+    gradient wanted) or "autograd" (the reference); overflow counts the rows whose exponents left
+    float32 about the target logit and were recomputed about their maximum.
     """
     temperature = obj.temperature if temperature is None else temperature
     weight = check_head(
@@ -138,13 +139,15 @@ def linear_grpo_loss(
         "group": "" if process_group is None else process_group.group_name,
     }
     if dweight_into is None:
-        loss, stats, logp, *_ = linear_grpo_op(**args)
+        loss, stats, logp, _, _, _, overflow = linear_grpo_op(**args)
     else:
-        loss, stats, logp = _Accumulating.apply(hidden, bias, args, dweight_into, dweight_scale)
+        apply = _Accumulating.apply
+        loss, stats, logp, overflow = apply(hidden, bias, args, dweight_into, dweight_scale)
     names = metric_names(
         obj, ref_logp is not None, rollout_logp is not None, measure, len(kl_terms)
     )
-    return GRPOLoss(loss, logp, stats, tuple(names), "one_pass" if any(need) else "forward")
+    plan = "two_pass" if obj.top_entropy_quantile < 1.0 else "one_pass"
+    return GRPOLoss(loss, logp, stats, tuple(names), plan if any(need) else "forward", overflow)
 
 
 class _Accumulating(torch.autograd.Function):
@@ -156,8 +159,8 @@ class _Accumulating(torch.autograd.Function):
         out = run(**constants, into=into, into_scale=into_scale)
         ctx.save_for_backward(out[3], out[5])
         ctx.dtypes = hidden.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(out[1], out[2])
-        return out[:3]
+        ctx.mark_non_differentiable(out[1], out[2], out[6])
+        return *out[:3], out[6]
 
     @staticmethod
     def backward(ctx, dloss, *_):

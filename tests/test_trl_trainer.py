@@ -138,6 +138,23 @@ def test_a_group_stays_in_one_micro_batch_and_is_encoded_once(checkpoint, tmp_pa
     assert [len(group) for group in prompts] == [1] * 8
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "llama"])
+def test_other_families(tmp_path, family):
+    other = save_checkpoint(tmp_path / family, family)
+    rows = MIXED
+    if family == "llama":
+        rows = [{"prompt": row["prompt"]} for row in MIXED]
+    train_both(other, tmp_path, rows=rows, max_steps=2)
+
+
+def test_bfloat16_autocast(checkpoint, tmp_path):
+    trainer = build_trainer(FastGRPOTrainer, checkpoint, tmp_path, max_steps=2, bf16=True)
+    trainer.train()
+    steps = steps_of(trainer)
+    assert 0 < steps[0]["fastgrpo/self_check_max_abs"] < 0.5  # TRL rounds each logit
+    assert all(0 < e["grad_norm"] < float("inf") for e in steps)
+
+
 def test_peft(checkpoint, tmp_path):
     from peft import LoraConfig
 
@@ -359,7 +376,7 @@ def test_a_group_without_any_reward_has_advantage_zero(checkpoint, tmp_path):
     assert steps_of(trainer)[0]["fastgrpo/reward_errors/first_group_fails"] == 4
 
 
-def test_a_quarantined_row_has_no_reward(checkpoint, tmp_path):
+def test_a_quarantined_row_has_no_reward(checkpoint, tmp_path, caplog):
     rows = [image_row(i) | {"quarantine_reason": "broken" if i == 0 else None} for i in range(2)]
     trainer = build_trainer(FastGRPOTrainer, checkpoint, tmp_path, max_steps=2, rows=rows)
     seen = []
@@ -374,7 +391,8 @@ def test_a_quarantined_row_has_no_reward(checkpoint, tmp_path):
     for inputs, rewards in seen:
         for row, reward in zip(inputs, rewards, strict=True):
             assert reward.isnan().all() == (row["quarantine_reason"] is not None)
-    assert steps_of(trainer)[0]["fastgrpo/quarantined"] == 4
+    assert [e["fastgrpo/quarantined"] for e in steps_of(trainer)] == [4, 4]
+    assert caplog.text.count("rows set aside while training (broken)") == 1
 
 
 def test_rewards_see_the_resolution_the_model_saw(checkpoint, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import logging
 from dataclasses import dataclass, fields
 
 import torch
@@ -27,6 +27,8 @@ from fastgrpo.integrations.trl.selfcheck import check_against_trl
 from fastgrpo.integrations.trl.support import check_trainer, check_version
 from fastgrpo.integrations.trl.weights import apply_liger_layers, load_renamed
 from fastgrpo.packing import Group
+
+logger = logging.getLogger(__name__)
 
 QUARANTINE_COLUMN = "quarantine_reason"
 ONE_ROW = 2**40
@@ -74,6 +76,7 @@ class _FastMixin:
         self._rewards: Tensor | None = None
         self._grids: list | None = None
         self._weightless: list[bool] | None = None
+        self._logged_reasons: set[str] = set()
         self._guard = RewardGuard(options.reward_timeout)
         if options.guard_rewards:
             self.reward_funcs = [
@@ -273,8 +276,9 @@ class _FastMixin:
         for name, value in zip(names, failed.tolist(), strict=True):
             metrics[f"fastgrpo/reward_errors/{name}"].append(value)
         metrics["fastgrpo/quarantined"].append(float(broken.sum()))
-        for reason, count in Counter(r for r in reasons if r is not None).items():
-            self._guard.count("image", reason, count)
+        for reason in sorted(set(reasons) - {None} - self._logged_reasons):
+            self._logged_reasons.add(reason)
+            logger.warning("rows set aside while training (%s): no reward, advantage 0", reason)
         self._rewards = rewards
         return rewards
 

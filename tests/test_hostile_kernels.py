@@ -169,6 +169,19 @@ def test_targets(case, op):
     assert promise != "zero" or ((logp == 0).all() and (w.grad == 0).all())
 
 
+@pytest.mark.parametrize("target", [-1, V, V + 5, 2**62])
+def test_unchecked_wrong_target_is_nan_in_its_row(target):
+    h, w, y = head()
+    clean = fg.linear_logprob(h, w, y).logp
+    y[ROW] = target
+    h.requires_grad_()
+    out = fg.linear_logprob(h, w, y, outputs=("logp", "entropy"), validate=False)
+    (out.logp + out.entropy).sum().backward()
+    others = torch.arange(N) != ROW
+    assert out.logp[ROW].isnan() and torch.equal(out.logp[others], clean[others])
+    assert h.grad[others].isfinite().all()
+
+
 SHAPES = {
     "N=0": (0, D, V), "V=1": (N, D, 1), "V=2": (N, D, 2), "odd V": (N, D, 33), "odd D": (N, 7, V),
     "D=1": (N, 1, V), "N=1": (1, D, V), "prime": (13, 11, 31), "all one": (1, 1, 1),

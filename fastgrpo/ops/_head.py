@@ -115,7 +115,9 @@ class Head:
             target_logit=given,
         )
         S, moment, overflow = out.sum_exp, out.moment, out.overflow
-        if self.shard is not None:
+        if self.shard is None:
+            y = y.clamp(0, z.shape[1] - 1)  # the row of a wrong target is NaN already
+        else:
             S, moment, overflow = (
                 self.shard.sum(S),
                 self.shard.sum(moment),
@@ -185,7 +187,8 @@ class Head:
             v = v * inv_t
         if dentropy is None and self.softcap is None:
             return c.exps, v * -dlogp
-        y = y if self.shard is None else self.shard.local(y)
+        last = c.exps.shape[1] - 1
+        y = y.clamp(0, last) if self.shard is None else self.shard.local(y)
         E = c.exps if in_place else c.exps.clone()
         if self.impl == "triton":
             self._weigh_by_kernel(E, c, y, inv_t, dlogp, dentropy)

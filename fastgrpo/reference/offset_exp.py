@@ -57,7 +57,7 @@ def offset_exp(
 
     Args:
         logits: (C, V) float32 or float64, last dimension contiguous; overwritten.
-        targets: (C,) int64 in [0, V).
+        targets: (C,) int64 in [0, V); a row with another becomes NaN and is flagged.
         inv_temperature: (C,) of the logits' dtype, 1 / T; None means 1.
         bias: (V,) or None. logit_scale, softcap: floats.
         entropy: compute `moment`.
@@ -80,7 +80,12 @@ def offset_exp(
         rows = slice(start, min(start + step, C))
         z, y = logits[rows], targets[rows, None]
         transform_logits_(z, bias, logit_scale, softcap)
-        zy[rows] = z.gather(1, y)[:, 0] if target_logit is None else target_logit[rows]
+        if target_logit is None:
+            column = y.clamp(0, V - 1)
+            zy[rows] = torch.where(column == y, z.gather(1, column), torch.nan)[:, 0]
+            y = column
+        else:
+            zy[rows] = target_logit[rows]
         z.sub_(zy[rows, None])
         if inv_temperature is not None:
             z.mul_(inv_temperature[rows, None])

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import re
+import signal
 import threading
 import time
 
@@ -125,6 +126,19 @@ def test_a_function_that_hangs_is_stopped(function, caplog):
     assert call(function, RewardGuard(timeout=0.2)) == ([None] * 3, 3)
     assert time.monotonic() - start < 60
     assert "ran longer than 0.2 s" in caplog.text
+
+
+def test_a_timer_that_was_running_keeps_its_time():
+    handler = signal.signal(signal.SIGALRM, lambda *_: None)
+    previous = signal.setitimer(signal.ITIMER_REAL, 500.0)
+    try:
+        assert call(lambda **k: [1.0, 2.0, 3.0], RewardGuard(timeout=5.0))[1] == 0
+        assert 400 < signal.getitimer(signal.ITIMER_REAL)[0] <= 500
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if previous[0]:
+            signal.setitimer(signal.ITIMER_REAL, *previous)
 
 
 def test_a_hanging_function_outside_the_main_thread_is_left_behind():

@@ -9,6 +9,7 @@ import math
 import numbers
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -163,13 +164,19 @@ def _run_within(timeout: float | None, call: Callable[[], list]) -> list:
 
 @contextmanager
 def _alarm(seconds: float):
+    """Raises `_TimeOut` after `seconds`; a timer that was running keeps its own time."""
+
     def interrupt(*_):
         raise _TimeOut
 
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    start = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    delay, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.signal(signal.SIGALRM, handler)
+        if delay:
+            left = max(1e-3, delay - (time.monotonic() - start))
+            signal.setitimer(signal.ITIMER_REAL, left, interval)

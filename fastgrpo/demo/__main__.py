@@ -25,7 +25,7 @@ from fastgrpo.report.run import HELD_OUT_FILE
 HERE = Path(__file__).parent
 WARM_START = HERE / "warm_start"
 CONFIG = HERE / "demo.yaml"
-TRAIN_SAMPLES, HELD_OUT_SAMPLES = 4800, 512
+TRAIN_SAMPLES, HELD_OUT_SAMPLES = 3200, 512
 
 
 def run(

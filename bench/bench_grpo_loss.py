@@ -25,8 +25,7 @@ class Case:
     def __init__(self, B: int, L: int, device: str) -> None:
         g = torch.Generator(device).manual_seed(0)
         self.shape = (B, L)
-        self.logp = -torch.rand(B * L, generator=g, device=device).requires_grad_()
-        self.logp = self.logp.detach().requires_grad_()
+        self.logp = (-torch.rand(B * L, generator=g, device=device)).requires_grad_()
         noise = torch.randn(2, B * L, generator=g, device=device)
         self.old = self.logp.detach() + 0.1 * noise[0]
         self.ref = self.logp.detach() + 0.2 * noise[1]

@@ -94,6 +94,15 @@ def test_a_bad_solution_leaves_the_row_out():
         one("vlm_r1/od_ap", said(BOXES), solution="<answer>```json\n[{]\n```</answer>")
 
 
+def test_a_missing_optional_value_means_its_default():
+    function = rewards.get("spatialladder/accuracy")
+    columns = {"answer": ["A", "2.0"], "accu_reward_method": [None, "na"]}
+    assert function(None, ["A", "2.0"], **columns) == [1.0, 1.0]
+    function = rewards.get("vlm_r1/accuracy")
+    columns = {"solution": ["B", SOLUTION], "accu_reward_method": [None, "od_ap"]}
+    assert function(None, ["<answer>B</answer>", said(BOXES)], **columns) == [1.0, 1.0]
+
+
 # Boxes
 
 

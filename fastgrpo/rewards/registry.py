@@ -216,17 +216,23 @@ def verified(score, texts, note, columns, settings, fallback: float) -> list[flo
         with math_pool.together():
             for i, text in enumerate(texts):
                 try:
-                    score(text, **{key: column[i] for key, column in columns.items()}, **settings)
+                    score(text, **row_of(columns, i), **settings)
                 except (*TEXT_FAULTS, NotImplementedError):
                     continue
     return guarded(score, texts, note, columns, settings, fallback)
+
+
+def row_of(columns: dict[str, Sequence[Any]], i: int) -> dict[str, Any]:
+    """One row; where merged data sets have no value for an optional column, its default holds."""
+    kept = {key: column[i] for key, column in columns.items()}
+    return {key: v for key, v in kept.items() if v is not None or key in ("solution", "answer")}
 
 
 def guarded(score, texts, note, columns, settings, fallback: float) -> list[float | None]:
     """A row-wise scorer over all rows; in "fixed" mode its faults become values and notes."""
     values: list[float | None] = []
     for i, text in enumerate(texts):
-        row = {key: column[i] for key, column in columns.items()}
+        row = row_of(columns, i)
         if settings["compat"] == "upstream":
             values.append(score(text, **row, **settings))
             continue

@@ -79,7 +79,8 @@ def detection(
     epsilons = _epsilons(iou_threshold, *progress(trainer_state, step, total_steps))
     values: list[float | None] = [0.0] * len(texts)
     read = _read_rows(texts, solution, image_grid_thw if normalized else None, values, note, compat)
-    ratios = [ratio or DEFAULT_RATIO] * len(texts) if det_reward_ratio is None else det_reward_ratio
+    given = det_reward_ratio or [None] * len(texts)
+    ratios = [own or ratio or DEFAULT_RATIO for own in given]
     weights = [_weights(ratios[i]) for i, _, _ in read]
     parts = detection_parts(
         [p for _, p, _ in read], [g for _, _, g in read], weights, epsilons, compat
@@ -358,8 +359,8 @@ def total(
     Source: One-RL-to-See-Them-All@39bcf0d, reward_serving_fastapi. Modes as the parts.
     """
     size = len(texts)
-    verifier = verifier or ["detection"] * size
-    ratios = det_reward_ratio or [ratio or DEFAULT_RATIO] * size
+    verifier = [kind or "detection" for kind in verifier or [None] * size]
+    ratios = [own or ratio or DEFAULT_RATIO for own in det_reward_ratio or [None] * size]
     boxes = [i for i in range(size) if verifier[i] == "detection"]
     grids = None if image_grid_thw is None else [image_grid_thw[i] for i in boxes]
     accuracies: list[float | None] = [None] * size
@@ -384,11 +385,15 @@ def total(
         accuracy = accuracies[i]
         if verifier[i] != "detection":
             accuracy = _math_or_zero(text, solution[i], note, i, compat)
-        a = 1.0 if accuracy_ratio is None else accuracy_ratio[i]
-        f = 0.1 if format_ratio is None else format_ratio[i]
+        a = _or(accuracy_ratio, i, 1.0)
+        f = _or(format_ratio, i, 0.1)
         mixed = accuracy is not None and (accuracy * a + form(text, compat=compat) * f) / (a + f)
         values.append(None if accuracy is None else mixed)
     return values
+
+
+def _or(column, i: int, default: float) -> float:
+    return default if column is None or column[i] is None else column[i]
 
 
 def _math_or_zero(text, solution, note, i, compat) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastgrpo.rewards.boxes import ordered_box
 from fastgrpo.rewards.detection import MAX_BOXES, Detections, match, overlaps
-from fastgrpo.rewards.registry import BadColumn, Unscorable, progress, reward
+from fastgrpo.rewards.registry import BadColumn, Unscorable, progress, reward, row_of
 from fastgrpo.rewards.text import MAX_JSON, answer, fenced_json, pattern
 
 SOURCE = "jefferyZhan/Griffon@9866875"
@@ -162,7 +162,7 @@ class _Rows:
         self.rows: dict[int, _Row] = {}
         said, truths, order = [], [], []
         for i, text in enumerate(texts):
-            here = {key: column[i] for key, column in columns.items()}
+            here = row_of(columns, i)
             try:
                 truth = _solution(solutions[i], here.get("target_id_maps"), compat)
                 found = _scaled(read_answer(text.strip(), compat), here)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,7 +127,8 @@ def giou_reward(text: str, *, solution, compat: str) -> float:
 
 
 def _merged_corners(text: str) -> list[float]:
-    found = [[int(n) / 1000 for n in m.groups()] for m in pattern(_CORNERS).finditer(text)]
+    first_two = islice(pattern(_CORNERS).finditer(text), 2)  # no further one is looked at
+    found = [[int(n) / 1000 for n in m.groups()] for m in first_two]
     corners = [b[:2] for b in found] + [b[2:] for b in found]
     return corners[0] + corners[1]
 

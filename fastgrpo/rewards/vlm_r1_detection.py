@@ -26,8 +26,14 @@ from fastgrpo.rewards.vlm_r1 import SOURCE
 Note = Callable[[int, str], None]
 
 
-@reward("vlm_r1/map", columns=("solution",), upstream_range=(-1.0, 1.0), source=SOURCE,
-        batched=True)  # fmt: skip
+@reward(
+    "vlm_r1/map",
+    columns=("solution",),
+    upstream_range=(-1.0, 1.0),
+    source=SOURCE,
+    batched=True,
+    presets={"vlm_r1/map50": {"score_type": 1}},
+)
 def map_reward(
     texts: list[str], note: Note, *, solution, score_type: int = 0, compat: str
 ) -> list[float | None]:
@@ -62,6 +68,7 @@ def map_reward(
     presets={
         "vlm_r1/od_ap50": {"score_type": 1},
         "vlm_r1/od_length": {"length": True},
+        "vlm_r1/odLength": {"length": True},
     },
 )
 def od_reward(

@@ -28,6 +28,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "vlm_r1/od_ap": {"solution": _DETECTION},
     "vlm_r1/od_ap50": {"solution": _DETECTION},
     "vlm_r1/od_length": {"solution": _DETECTION},
+    "vlm_r1/odLength": {"solution": _DETECTION},
+    "vlm_r1/map50": {"solution": _DETECTION},
     "vlm_r1/weighted_sum": {"solution": _DETECTION},
     "vlm_r1/cosine_accuracy": {"solution": _DETECTION, "completion_ids": range(64)},
     "vlm_r1/accuracy": {"solution": _DETECTION, "accu_reward_method": "od_ap"},

@@ -47,24 +47,30 @@ def v_triune_detection(inputs, compat="upstream"):
     settings = {"step": inputs["step"], "total_steps": inputs["total_steps"], "ratio": ratio}
     final = one("v_triune/detection", text, compat, settings, solution=solution)
     said, truth = (v_triune.extract_boxes(v_triune._answer_of(t)) for t in (text, solution))
+    form = one("v_triune/detection_format", text, compat)
+    if said is None or truth is None:
+        return {"final_score": final, "format": form} | dict.fromkeys(_V_TRIUNE_PARTS, 0.0)
     epsilon = v_triune.dynamic_threshold(inputs["step"], inputs["total_steps"])
-    parts = v_triune.detection_parts(
-        [said], [truth], [v_triune._weights(ratio)], (epsilon,), compat
-    )
-    penalty = float(parts["size_penalty"][0])
-    label_first, iou_first = parts["iou_max_label_first"][0], parts["iou_max_iou_first"][0]
-    return {
-        "final_score": final,
-        "size_penalty": penalty,
-        "pure_iou_score_max_label": float(label_first),
-        "pure_iou_score_max_iou": float(iou_first),
-        "weighted_iou_score_max_label": float(label_first * penalty),
-        "weighted_iou_score_max_iou": float(iou_first * penalty),
-        "pure_map_score": float(parts["map"][0]),
-        "pure_map50_score": float(parts["map50"][0]),
-        "pure_map75_score": float(parts["map75"][0]),
-        "format": one("v_triune/detection_format", text, compat),
-    }
+    weights = [v_triune._weights(ratio)]
+    parts = v_triune.detection_parts([said], [truth], weights, (epsilon,), compat)
+    parts = {key: float(values[0]) for key, values in parts.items()}
+    penalty = parts["size_penalty"]
+    scores = {f"pure_{theirs}": parts[ours] for ours, theirs in _V_TRIUNE_SCORES.items()}
+    weighted = {f"weighted_{k}": parts[o] * penalty for o, k in _V_TRIUNE_SCORES.items()}
+    return scores | weighted | {"final_score": final, "size_penalty": penalty, "format": form}
+
+
+_V_TRIUNE_SCORES = {
+    "iou_max_label_first": "iou_score_max_label",
+    "iou_max_iou_first": "iou_score_max_iou",
+    "map": "map_score",
+    "map50": "map50_score",
+    "map75": "map75_score",
+}
+_V_TRIUNE_PARTS = [
+    "size_penalty",
+    *(f"{kind}_{name}" for kind in ("pure", "weighted") for name in _V_TRIUNE_SCORES.values()),
+]
 
 
 def _v_triune_matches(inputs, matches):
@@ -209,12 +215,14 @@ for _stage in (1, 2, 3):
 
 @adapter("Q-Insight", "score_reward + format_reward")
 def q_insight(inputs, compat="upstream"):
-    settings = {"score_reward_threshold": inputs["score_reward_threshold"]}
-    columns = {k: inputs[k] for k in ("solution", "task")}
-    return {
-        "accuracy": one("q_insight/score", inputs["completion"], compat, settings, **columns),
-        "format": one("q_insight/format", inputs["completion"], compat, task=inputs["task"]),
-    }
+    text, task = inputs["completion"], inputs["task"]
+    if task == "comparison":
+        accuracy = one("q_insight/comparison", text, compat, solution=inputs["solution"])
+    else:
+        settings = {"score_reward_threshold": inputs.get("score_reward_threshold", 0.35)}
+        columns = {"solution": inputs["solution"], "task": task}
+        accuracy = one("q_insight/score", text, compat, settings, **columns)
+    return {"accuracy": accuracy, "format": one("q_insight/format", text, compat, task=task)}
 
 
 @adapter("ViCrit", "score.relaxed_correctness")
@@ -256,13 +264,23 @@ def rewardmap_planning(inputs, compat="upstream"):
 
 @adapter("RewardMap", "reason_map_compute_score")
 def rewardmap_question(inputs, compat="upstream"):
+    names = {
+        "metro": "metro_data",
+        "metro_data": "metro_data",
+        "station1": "station1",
+        "station2": "station2",
+        "transfers": "question_transfer_count",
+        "question_transfer_count": "question_transfer_count",
+    }
     return one(
         "rewardmap/total",
         inputs["response"],
         compat,
+        {"mode": inputs.get("mode", "difficulty_aware")},
         solution=inputs["ground_truth"],
         type=inputs["type"],
         difficulty_city=inputs["city"],
+        **{ours: inputs[theirs] for theirs, ours in names.items() if theirs in inputs},
     )
 
 

@@ -115,7 +115,15 @@ def test_write_report_shows_everything_in_one_file(run):
     assert len(page.images) == len(PICTURES) + 2
     for png in page.images:
         assert Image.open(io.BytesIO(png)).format == "PNG"
-    for text in ("0.123 → 0.456", "300", "find the 7", "not scored", "+1.00", "run<b>"):
+    for text in (
+        "0.123 → 0.456",
+        "(3.71 times)",
+        "300",
+        "find the 7",
+        "not scored",
+        "+1.00",
+        "run<b>",
+    ):
         assert text in page.text
     assert "Not in this report" not in page.text
 

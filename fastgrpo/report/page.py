@@ -68,7 +68,10 @@ def _tiles(run: Run) -> str:
             ("sampled_format", "held-out, well-formed samples"),
         ):
             if key in before and key in after:
-                tiles.append((f"{before[key]:.3f} → {after[key]:.3f}", label))
+                ratio = ""
+                if key.endswith("iou") and before[key] > 0:
+                    ratio = f" ({after[key] / before[key]:.2f} times)"
+                tiles.append((f"{before[key]:.3f} → {after[key]:.3f}", label + ratio))
         tiles.append((f"{after['num_images']}", "held-out images"))
     elif run.history:
         first, last = run.history[0]["reward"], run.history[-1]["reward"]

@@ -37,6 +37,8 @@ from fastgrpo_kernels.token_kl import clamp, kl_estimate, token_kl
 
 # Two tokens per thread: the metrics' sums take most of the registers.
 BLOCK, NUM_WARPS = 256, 4
+# Left to itself ptxas spills a register to fit one more program on a multiprocessor.
+OPTIONS = {"maxnreg": 128}
 # Per sequence: what is added up over sequences, and what is maximised (minima negated).
 SUMS = ("loss", "count", "kl", "entropy", "low", "high", "region", "extra", "gap", "known", "w")
 MAXIMA = ("ratio", "-ratio", "-low", "high", "gap", "w", "-w")
@@ -372,6 +374,7 @@ def _grpo_loss(
             EXTRA_MEANS=extra_means,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
+            **OPTIONS,
         )
     loss = sums[:, 0].sum(dtype=torch.float64).to(logp.dtype)
     return loss, dlogp, sums, maxima
@@ -550,6 +553,7 @@ def aot_specs() -> list[KernelSpec]:
                 "BLOCK": BLOCK,
             },
             num_warps=NUM_WARPS,
+            options=OPTIONS,
             label=" ".join((formula, rollout, "sequence" if sequence else "token")),
         )
 

@@ -81,7 +81,7 @@ def detection(
     read = _read_rows(texts, solution, image_grid_thw if normalized else None, values, note, compat)
     given = det_reward_ratio or [None] * len(texts)
     ratios = [own or ratio or DEFAULT_RATIO for own in given]
-    weights = [_weights(ratios[i]) for i, _, _ in read]
+    weights = [weights_of(ratios[i]) for i, _, _ in read]
     parts = detection_parts(
         [p for _, p, _ in read], [g for _, _, g in read], weights, epsilons, compat
     )
@@ -110,7 +110,7 @@ def _epsilons(threshold: float | str, step: int | None, total: int | None) -> tu
     return (float(threshold),)
 
 
-def _weights(ratio: dict[str, float]) -> dict[str, float]:
+def weights_of(ratio: dict[str, float]) -> dict[str, float]:
     """Missing weights and those outside [0, 1] are 0, as in the published code."""
     given = {key: (ratio or {}).get(key) or 0.0 for key in RATIOS}
     return {key: float(v) if 0 <= v <= 1 else 0.0 for key, v in given.items()}
@@ -217,14 +217,14 @@ def _read_rows(texts, solutions, grids, values, note, compat):
     """(row, prediction, ground truth) of the rows that can be scored."""
     read = []
     for i, (text, solution) in enumerate(zip(texts, solutions, strict=True)):
-        truth = extract_boxes(_answer_of(solution))
+        truth = extract_boxes(answer_of(solution))
         if truth is None:
             if compat == "fixed":
                 note(i, "bad_column: solution has no box")
                 values[i] = None
             continue
         try:
-            said = extract_boxes(_answer_of(text), cap=compat == "fixed")
+            said = extract_boxes(answer_of(text), cap=compat == "fixed")
         except Unscorable as fault:
             note(i, str(fault))
             continue
@@ -244,7 +244,7 @@ def _normalized(said: Detections, grid, values, i) -> Detections:
     return Detections(np.trunc(scaled), said.labels)
 
 
-def _answer_of(text: str) -> str:
+def answer_of(text: str) -> str:
     return (answer(text.strip()) or "").strip().lower()
 
 
@@ -293,7 +293,7 @@ def detection_format(text: str, *, compat: str) -> float:
     opened, closed = text.count("\n<answer>\n"), text.count("\n</answer>")
     if closed != 1 or opened == 0 or (compat == "fixed" and opened != 1):
         return 0.0
-    return float(extract_boxes(_answer_of(text)) is not None)
+    return float(extract_boxes(answer_of(text)) is not None)
 
 
 @reward("v_triune/math_format", source=SOURCE)

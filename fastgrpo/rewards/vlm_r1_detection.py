@@ -24,6 +24,8 @@ from fastgrpo.rewards.text import MAX_JSON, answer, clean_text, fenced_json
 from fastgrpo.rewards.vlm_r1 import SOURCE
 
 Note = Callable[[int, str], None]
+# COCO's stats[0], stats[1], stats[2]: all thresholds, 0.50, 0.75.
+STATS = (COCO, COCO[:1], COCO[5:6])
 
 
 @reward(
@@ -37,7 +39,7 @@ Note = Callable[[int, str], None]
 def map_reward(
     texts: list[str], note: Note, *, solution, score_type: int = 0, compat: str
 ) -> list[float | None]:
-    """COCO AP of the detections, IoU 0.50:0.95 (`score_type=0`) or 0.50 (`score_type=1`).
+    """COCO AP of the detections, `score_type` 0: IoU 0.50:0.95, 1: 0.50, 2: 0.75.
 
     Reads the last ```` ```json ```` block of the whole completion and of the solution, lists of
     {"bbox_2d": [x1, y1, x2, y2], "label": str}. Both without boxes: 1; one without: 0.
@@ -53,9 +55,7 @@ def map_reward(
     the JSON need not be fenced. A bad solution gives None.
     """
     if compat == "upstream":
-        return [
-            _upstream_map(t, s, score_type, False) for t, s in zip(texts, solution, strict=True)
-        ]
+        return [upstream_map(t, s, score_type, False) for t, s in zip(texts, solution, strict=True)]
     return _fixed_map(texts, solution, note, score_type, length=False, tags=False)
 
 
@@ -144,9 +144,8 @@ def folded(label: str) -> str:
 def _fixed_map(texts, solution, note, score_type, *, length, tags) -> list[float | None]:
     read = _last_answer if tags else str
     values, preds, gts, rows = read_rows(texts, solution, note, read)
-    thresholds = COCO if score_type == 0 else COCO[:1]
     pairs = overlaps(preds, gts)
-    score = operating_point_ap(pairs, preds, gts, thresholds)
+    score = operating_point_ap(pairs, preds, gts, STATS[score_type])
     if length:
         score = score * np.minimum(1, pairs.gt_sizes / np.maximum(pairs.pred_sizes, 1))
     return place(values, rows, where_empty(score, pairs.pred_sizes, pairs.gt_sizes))
@@ -285,9 +284,6 @@ def upstream_map(text: str, solution: str, score_type: int, length: bool) -> flo
     return score
 
 
-_upstream_map = upstream_map
-
-
 def coco_ap(preds: list[Any], gts: list[Any], score_type: int) -> float:
     """pycocotools' stats[0] or stats[1] of one image, unknown labels and bad items left out."""
     classes, gt_boxes = {}, []
@@ -312,7 +308,7 @@ def coco_ap(preds: list[Any], gts: list[Any], score_type: int) -> float:
         [gt["label"] for gt in gts],
         [len(boxes)],
         [len(gts)],
-        thresholds=COCO if score_type == 0 else COCO[score_type * 5 - 5 : score_type * 5 - 4],
+        thresholds=STATS[score_type],
         area_range=(0, 1e10),
     ).item()
 

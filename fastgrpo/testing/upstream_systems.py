@@ -46,12 +46,12 @@ def v_triune_detection(inputs, compat="upstream"):
     ratio = inputs["det_reward_ratio"]
     settings = {"step": inputs["step"], "total_steps": inputs["total_steps"], "ratio": ratio}
     final = one("v_triune/detection", text, compat, settings, solution=solution)
-    said, truth = (v_triune.extract_boxes(v_triune._answer_of(t)) for t in (text, solution))
+    said, truth = (v_triune.extract_boxes(v_triune.answer_of(t)) for t in (text, solution))
     form = one("v_triune/detection_format", text, compat)
     if said is None or truth is None:
         return {"final_score": final, "format": form} | dict.fromkeys(_V_TRIUNE_PARTS, 0.0)
     epsilon = v_triune.dynamic_threshold(inputs["step"], inputs["total_steps"])
-    weights = [v_triune._weights(ratio)]
+    weights = [v_triune.weights_of(ratio)]
     parts = v_triune.detection_parts([said], [truth], weights, (epsilon,), compat)
     parts = {key: float(values[0]) for key, values in parts.items()}
     penalty = parts["size_penalty"]

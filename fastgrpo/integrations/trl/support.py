@@ -16,6 +16,7 @@ TRL_SERIES = "1.16."
 OVERRIDDEN = (
     "_get_per_token_logps_and_entropies",
     "_tokenize_prompts",
+    "_generate_single_turn",
     "_prepare_inputs",
     "_calculate_rewards",
     "_generate_and_score_completions",

@@ -8,12 +8,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer
+from trl.extras.profiling import profiling_context
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict
 from trl.trainer.utils import unsplit_pixel_values_by_grid as unsplit_pixel_values
 
 from fastgrpo.engine import score
 from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl.guard import RewardGuard
+from fastgrpo.integrations.trl.rollout import sample_rows
 from fastgrpo.integrations.trl.rows import (
     anchor_group,
     as_groups,
@@ -47,6 +49,8 @@ class FastOptions:
     mean and standard deviation (6e-4 for eight rewards of 0.9, 0.85 for eight of 10000.1).
     `skip_zero_gradient`: no backward for groups whose advantages are all 0, where nothing else in
     TRL's loss (KL, entropy bonus) gives them a gradient.
+    `packed_rollout`: sample with `fastgrpo.generate`, each prompt and image prefilled once per
+    group, instead of `model.generate`: the same distribution, other random numbers.
     `liger_kernels`: liger-kernel's RMSNorm, rotary and SwiGLU layers (never its loss), CUDA only.
     """
 
@@ -58,6 +62,7 @@ class FastOptions:
     reward_timeout: float | None = None
     exact_zero_advantages: bool = True
     skip_zero_gradient: bool = True
+    packed_rollout: bool = False
     liger_kernels: bool = False
 
 
@@ -221,6 +226,31 @@ class _FastMixin:
             # Processors take [] for a prompt without images; TRL's None ends in a TypeError.
             images = [row or [] for row in images]
         return prompt_ids, images, fields
+
+    def _generate_single_turn(
+        self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
+    ):
+        if not self.fast.packed_rollout:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        if self.use_vllm or self.use_transformers_continuous_batching or has_tool_images:
+            raise InputError(
+                "packed_rollout: samples in this process from prompts; turn off vLLM, continuous "
+                "batching and tools that return images"
+            )
+        with profiling_context(self, "transformers.generate"), self.accelerator.autocast():
+            completion_ids = sample_rows(
+                self.accelerator.unwrap_model(self.model),
+                prompt_ids,
+                multimodal_fields,
+                None if images is None else [len(row or ()) for row in images],
+                self.generation_config,
+                self.eos_token_ids,
+                max_tokens=self.fast.max_tokens,
+                backend=self.fast.backend,
+            )
+        return completion_ids, None
 
     @property
     def _mode(self) -> str:

@@ -35,7 +35,11 @@ def test_greedy_rollouts_are_those_of_trl(checkpoint, tmp_path):
 
 def test_each_prompt_is_prefilled_once(checkpoint, tmp_path):
     trainer = build_trainer(
-        FastGRPOTrainer, checkpoint, tmp_path, rows=MIXED, fast={"packed_rollout": True}
+        FastGRPOTrainer,
+        checkpoint,
+        tmp_path,
+        rows=[image_row(0), image_row(1)],
+        fast={"packed_rollout": True},
     )
     patches = []
     trainer.model.model.visual.register_forward_pre_hook(

@@ -14,6 +14,7 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 import transformers
 
 from fastgrpo.cli import train
@@ -90,6 +91,8 @@ def main() -> None:
     # Deprecation notices of the libraries below, which a reader of the demo can do nothing about.
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)
+    # So small a policy gains little from threads, and stalls on them when another job shares the CPU.
+    torch.set_num_threads(1)
     run(args.out, args.seed)
 
 

@@ -190,13 +190,13 @@ def test_score_parser(reply, score):
     assert judges.score_between_0_and_1(reply) == score
 
 
-def test_completion_text_of_chats_with_images():
+def test_chat_text_of_chats_with_images():
     turns = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
         {"role": "assistant", "content": "b"},
         {"role": "assistant", "content": None},
     ]
-    assert judges.http.completion_text(turns) == "a\nb"
+    assert judges.http.chat_text(turns) == "a\nb"
 
 
 def scorer():

@@ -17,7 +17,7 @@ import orjson
 import re2
 
 from fastgrpo.errors import InputError
-from fastgrpo.judges.text import completion_text
+from fastgrpo.judges.text import chat_text
 
 Messages = list[dict[str, Any]]
 _NUMBER = re2.compile(r"(?:^|[^\d.])([01](?:\.\d+)?)(?:$|[^\d.]|\.(?:$|\D))")
@@ -152,7 +152,7 @@ class HTTPJudge:
         requests = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             row = {k: v[i] for k, v in rows.items()}
-            chat = self._messages(completion_text(prompt), completion_text(completion), row)
+            chat = self._messages(chat_text(prompt), chat_text(completion), row)
             body = {"model": self._model, "messages": chat} | self._sampling
             requests.append(orjson.dumps(body, option=orjson.OPT_SORT_KEYS))
         return requests

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgrpo.advantages.steps import trajectory_preference_loss
 from fastgrpo.errors import InputError
-from fastgrpo.judges.text import completion_text
+from fastgrpo.judges.text import chat_text
 
 
 class ScalarRewardModel(nn.Module):
@@ -100,7 +100,7 @@ class ModelReward:
 
     def _texts(self, prompts: Sequence, completions: Sequence) -> list[str]:
         pairs = zip(prompts, completions, strict=True)
-        return [f"{completion_text(p)}\n{completion_text(c)}" for p, c in pairs]
+        return [f"{chat_text(p)}\n{chat_text(c)}" for p, c in pairs]
 
     @torch.no_grad()
     def _run(self, texts: list[str]) -> list[float]:
@@ -158,7 +158,7 @@ class CoTrainedReward:
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
         """Rewards of this batch; then the model learns from it."""
         both = zip(prompts, completions, strict=True)
-        texts = [f"{completion_text(p)}\n{completion_text(c)}" for p, c in both]
+        texts = [f"{chat_text(p)}\n{chat_text(c)}" for p, c in both]
         with torch.no_grad():
             rewards = self._transform(self._score(texts)).float().tolist()
         values = self._rule(prompts=prompts, completions=completions, **columns)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def completion_text(message: str | Sequence[dict[str, Any]]) -> str:
+def chat_text(message: str | Sequence[dict[str, Any]]) -> str:
     """The text of a plain string or of a chat: contents of all turns, image parts left out."""
     if isinstance(message, str):
         return message

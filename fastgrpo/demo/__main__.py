@@ -91,7 +91,7 @@ def main() -> None:
     # Deprecation notices of the libraries below, which a reader of the demo can do nothing about.
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)
-    # So small a policy gains little from threads, and stalls on them when another job shares the CPU.
+    # So small a policy gains little from threads, and stalls on them when the CPU is shared.
     torch.set_num_threads(1)
     run(args.out, args.seed)
 

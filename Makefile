@@ -33,7 +33,10 @@ test-matrix: .venv-$(OLDEST)/.ready
 
 .venv-$(OLDEST)/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv .venv-$(OLDEST)
-	$(BIN)/python -m pip freeze --exclude-editable | grep -v "^transformers==" > .venv-$(OLDEST)/requirements.txt
+	.venv-$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v "^transformers==" \
+	  > .venv-$(OLDEST)/requirements.txt
 	.venv-$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  -r .venv-$(OLDEST)/requirements.txt transformers==$(OLDEST)
 	.venv-$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \

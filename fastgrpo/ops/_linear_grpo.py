@@ -145,9 +145,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.num_kl_terms = len(inputs[12])
     ctx.mark_non_differentiable(stats, logp, dhidden, dweight, dbias, clamped)
+    # Without this, backward is handed a (V, D) tensor of zeros for the dweight among the outputs.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 12 + ([None] * ctx.num_kl_terms,) * 2 + (None,) * 12
     grads = [
         scaled(grad, dloss, dtype) if needed else None
         for grad, dtype, needed in zip(

@@ -63,7 +63,7 @@ def linear_grpo_loss(
             rest: see `grpo_loss`. Masked rows are not projected.
         temperature: (N,) instead of obj.temperature.
         with_entropy: measure the entropy although the objective does not need it.
-        workspace_mb: memory for a chunk of logits (default 64, at least 512 rows; on a GPU 4096
+        workspace_mb: memory for a chunk of logits (default 128, at least 512 rows; on a GPU 4096
             rows).
         dweight_into: float32 (V, D): dweight * dweight_scale is added to it during this call (set
             dweight_scale to what the loss will be multiplied by before backward), and backward

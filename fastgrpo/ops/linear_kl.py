@@ -31,7 +31,7 @@ def linear_kl(
 
     Args:
         hidden_p: (N, D), weight_p: (V, D); hidden_q: (N, E), weight_q: (V, E); one dtype.
-        temperature: T > 0. workspace_mb: memory for the two chunks of logits (default 64,
+        temperature: T > 0. workspace_mb: memory for the two chunks of logits (default 128,
             at least 512 rows; on a GPU 4096 rows).
         impl: "reference", "torch" or "triton".
 

@@ -57,7 +57,7 @@ def linear_logprob(
         temperature: a number > 0, or (N,).
         outputs: "logp", and "entropy" if wanted; entropy_grad=False saves its backward work.
         impl: "reference", "torch", "cpp", "triton"; None picks the fastest there is.
-        workspace_mb: memory for a chunk of logits (default 64, at least 512 rows; on a GPU 4096
+        workspace_mb: memory for a chunk of logits (default 128, at least 512 rows; on a GPU 4096
             rows), and for keeping the exponentials (default 512).
         process_group: the weight and bias are this rank's vocabulary shard, in rank order; hidden
             and targets are the same on all ranks, and so is every result but dweight and dbias.

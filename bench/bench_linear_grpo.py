@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import Row, importable, main, matmul_flops, measure, median_ms, peak_mib
+from common import Row, importable, main, matmul_flops, measure, median_ms, peak_mib, tensor_bytes
 
 import fastgrpo as fg
 from fastgrpo.testing import relative_error
@@ -192,6 +192,8 @@ def _measure(case: Case, runs: dict, shape: str, args: argparse.Namespace, sizes
             Row(
                 *("linear_grpo", shape, variant, times[variant]),
                 flops=flops,
+                # hidden and weight read once, their gradients written once
+                bytes=2 * tensor_bytes(case.hidden, case.weight),
                 peak_mib=peak,
                 error=error,
                 note="" if error is None else "relative gradient error",

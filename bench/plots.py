@@ -29,8 +29,8 @@ def roofline(rows: list[Row], target: Path) -> bool:
     peak, bandwidth = roofs["matmul"].tflops, roofs["copy"].gbps
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     intensities = sorted(r.flops / r.bytes for r in points)
-    low, high = intensities[0] / 4, max(intensities[-1] * 4, 4e3 * peak / bandwidth)
     ridge = 1e3 * peak / bandwidth
+    low, high = min(intensities[0], ridge) / 4, max(intensities[-1], ridge) * 4
     axes.plot([low, ridge, high], [low * bandwidth / 1e3, peak, peak], color="black")
     for op in dict.fromkeys(r.op for r in points):
         mine = [r for r in points if r.op == op]
@@ -49,23 +49,23 @@ def roofline(rows: list[Row], target: Path) -> bool:
 
 
 def accuracy(rows: list[Row], target: Path) -> bool:
-    """Error against float64 and time of every variant that states one, a panel an op."""
-    ops = list(dict.fromkeys(r.op for r in rows if r.error))
-    if not ops:
+    """Error against float64 beside the time, a panel an op that has several variants."""
+    stated: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.error and row.op.startswith("linear"):
+            stated.setdefault(f"{row.op}, {row.shape}", []).append(row)
+    panels = {name: mine for name, mine in stated.items() if len(mine) > 1}
+    if not panels:
         return False
-    columns = min(len(ops), 3)
-    lines = -(-len(ops) // columns)
     figure, grid = plt.subplots(
-        lines, columns, figsize=(4.5 * columns, 3.5 * lines), squeeze=False, layout="constrained"
+        len(panels), 1, figsize=(7, 3.2 * len(panels)), squeeze=False, layout="constrained"
     )
-    for axes, op in zip(grid.flat, ops, strict=False):
-        for row in (r for r in rows if r.op == op and r.error):
-            axes.scatter(row.ms, row.error, s=25)
-            axes.annotate(row.variant, (row.ms, row.error), fontsize=7)
-        axes.set(xscale="log", yscale="log", xlabel="ms", ylabel="error", title=op)
-    for axes in list(grid.flat)[len(ops) :]:
-        axes.axis("off")
-    figure.savefig(target, dpi=120)
+    for axes, (name, mine) in zip(grid.flat, panels.items(), strict=True):
+        for row, marker in zip(mine, "osD^vP*X<>hp", strict=False):
+            axes.scatter(row.ms, row.error, label=row.variant, marker=marker, s=45)
+        axes.set(xlabel="ms", ylabel="error", title=name, xlim=(0, None), ylim=(0, None))
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.savefig(target, dpi=110)
     plt.close(figure)
     return True
 

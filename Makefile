@@ -31,16 +31,14 @@ test: env lint
 test-matrix: .venv-$(OLDEST)/.ready
 	.venv-$(OLDEST)/bin/python -m pytest -n 2 -q -m "engine and not slow and not gpu"
 
-.venv-$(OLDEST)/.ready: $(VENV)/.ready
+OLD_PIP := .venv-$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check
+.venv-$(OLDEST)/.ready: pyproject.toml setup.py $(CONSTRAINTS) $(SOURCES)
 	$(PYTHON) -m venv .venv-$(OLDEST)
-	.venv-$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip freeze --exclude-editable | grep -v "^transformers==" \
-	  > .venv-$(OLDEST)/requirements.txt
-	.venv-$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	  -r .venv-$(OLDEST)/requirements.txt transformers==$(OLDEST)
-	.venv-$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	  --no-build-isolation -e .
+	sed "s/^transformers==.*/transformers==$(OLDEST)/" $(CONSTRAINTS) > .venv-$(OLDEST)/constraints.txt
+	$(OLD_PIP) --upgrade pip "setuptools>=77" wheel
+	$(OLD_PIP) -c $(CONSTRAINTS) torch
+	$(OLD_PIP) -c $(CONSTRAINTS) pybind11 ninja
+	$(OLD_PIP) -c .venv-$(OLDEST)/constraints.txt --no-build-isolation -e ".[test]"
 	touch $@
 
 test-slow: env

@@ -13,33 +13,19 @@ from fastgrpo.ops.grpo_loss import grpo_loss
 from fastgrpo.ops.token_kl import token_kl
 from fastgrpo.perturb import blacken_patches
 
-LEAD_ADAPTERS = {}
+OBJECTIVE_ADAPTERS = {}
 _ESTIMATOR = {"kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3"}
 
 
 def adapter(system: str, *functions: str):
     def register(call):
-        LEAD_ADAPTERS.update({(system, function): call for function in functions})
+        OBJECTIVE_ADAPTERS.update({(system, function): call for function in functions})
         return call
 
     return register
 
 
 # PAPO and VPPO: one optimizer step of the published method on recorded log-probs
-
-_PAPO = (
-    "GRPO baseline (no kl_prcp)",
-    "PAPO gamma=0.02",
-    "PAPO gamma=0.02 + double entropy 0.05/0.05",
-    "PAPO + token mask top 20% + clip 0.2",
-)
-_VPPO = (
-    "off",
-    "token mask top 40%",
-    "token mask 40% + advantage shaping min 0.9",
-    "token mask 40% + advantage shaping, micro-batch size 1",
-    "full recipe (mask 0.4, shaping 0.9, entropy penalty 0.06)",
-)
 
 
 class _Rows:
@@ -99,7 +85,7 @@ def _policy_loss(rows: _Rows, config: dict, **terms):
     )
 
 
-@adapter("PAPO", *(f"DataParallelPPOActor.update_policy: {case}" for case in _PAPO))
+@adapter("PAPO", "DataParallelPPOActor.update_policy")
 def papo_step(inputs, compat="upstream"):
     config = inputs["config"]
     micro_batches = _micro_batches(inputs)
@@ -169,7 +155,7 @@ def papo_kl(inputs, compat="upstream"):
     return value.view_as(logp).tolist()
 
 
-@adapter("VPPO", *(f"DataParallelPPOActor.update_policy: {case}" for case in _VPPO))
+@adapter("VPPO", "DataParallelPPOActor.update_policy")
 def vppo_step(inputs, compat="upstream"):
     config, micro_batches = inputs["config"], _micro_batches(inputs)
     whole = _Rows(inputs, slice(None))

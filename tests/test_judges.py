@@ -152,12 +152,13 @@ def test_unreadable_and_out_of_range_replies(serve):
 
 
 def test_prefetch_overlaps_with_other_work(serve):
-    server = serve(lambda n, b: time.sleep(0.3) or said("1"))
-    reward = judge(server)
-    start = time.perf_counter()
-    reward.prefetch(["q"] * 4, list("abcd"))
-    assert time.perf_counter() - start < 0.25
-    time.sleep(0.35)
+    allowed = threading.Event()
+    server = serve(lambda n, b: allowed.wait(30) and said("1"))
+    reward = judge(server, timeout=60.0)
+    reward.prefetch(["q"] * 4, list("abcd"))  # returns though no reply can come yet
+    while len(server.bodies) < 4:
+        time.sleep(0.01)
+    allowed.set()
     assert reward(["q"] * 4, list("abcd")) == [1.0] * 4
     assert len(server.bodies) == 4
     reward.close()

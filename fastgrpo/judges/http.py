@@ -18,6 +18,7 @@ import re2
 
 from fastgrpo.errors import InputError
 from fastgrpo.judges.text import chat_text
+from fastgrpo.rewards.columns import row_columns, row_of
 
 Messages = list[dict[str, Any]]
 _NUMBER = re2.compile(r"(?:^|[^\d.])([01](?:\.\d+)?)(?:$|[^\d.]|\.(?:$|\D))")
@@ -147,11 +148,10 @@ class HTTPJudge:
             self._cache.close()
 
     def _requests(self, prompts, completions, columns) -> list[bytes]:
-        size = len(completions)
-        rows = {k: v for k, v in columns.items() if isinstance(v, (list, tuple)) and len(v) == size}
+        columns = row_columns(columns, len(completions))
         requests = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            row = {k: v[i] for k, v in rows.items()}
+            row = row_of(columns, i)
             chat = self._messages(chat_text(prompt), chat_text(completion), row)
             body = {"model": self._model, "messages": chat} | self._sampling
             requests.append(orjson.dumps(body, option=orjson.OPT_SORT_KEYS))

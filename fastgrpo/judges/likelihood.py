@@ -15,6 +15,7 @@ from fastgrpo.engine import score
 from fastgrpo.engine.next_token import next_token_logits
 from fastgrpo.errors import InputError
 from fastgrpo.packing import Group
+from fastgrpo.rewards.columns import row_columns, row_of
 
 Context = Callable[[Any, Any, dict[str, Any]], Group]
 
@@ -53,10 +54,9 @@ class _Likelihood:
         self.columns = tuple(columns)
 
     def _contexts(self, prompts, completions, columns) -> list[Group]:
-        size = len(completions)
-        rows = {k: v for k, v in columns.items() if isinstance(v, (list, tuple)) and len(v) == size}
+        columns = row_columns(columns, len(completions))
         return [
-            self.context(prompt, completion, {k: v[i] for k, v in rows.items()})
+            self.context(prompt, completion, row_of(columns, i))
             for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastgrpo.errors import InputError
 from fastgrpo.packing import Group
+from fastgrpo.rewards.columns import row_columns, row_of
 from fastgrpo.rollout import generate
 
 
@@ -53,11 +54,9 @@ class SecondPass:
         if self.model is None:
             raise InputError(f"{self.name}: model: none given and no trainer bound")
         size = len(completions)
-        lists = {
-            k: v for k, v in columns.items() if isinstance(v, (list, tuple)) and len(v) == size
-        }
+        lists = row_columns(columns, size)
         others = {k: v for k, v in columns.items() if k not in lists}
-        rows = [{k: v[i] for k, v in lists.items()} for i in range(size)]
+        rows = [row_of(lists, i) for i in range(size)]
         groups = [self.prompt(c, row) for c, row in zip(completions, rows, strict=True)]
         asked = [i for i, group in enumerate(groups) if group is not None]
         answers = generate(

@@ -28,6 +28,7 @@ from fastgrpo.advantages.shaping import (
 )
 from fastgrpo.advantages.steps import clip_step_rewards, delta_step_rewards
 from fastgrpo.errors import InputError
+from fastgrpo.rewards.columns import row_columns, row_of
 from fastgrpo.rewards.registry import completion_text
 
 RELATIVE = {
@@ -300,14 +301,11 @@ class StepRefined(Composite):
     def __call__(self, prompts, completions, **columns):
         """The outcome plus the sum of the refined step rewards."""
         outcome = self.parts[0](prompts=prompts, completions=completions, **columns)
+        columns = row_columns(columns, len(completions))
         rewards = []
         for i, (value, completion) in enumerate(zip(outcome, completions, strict=True)):
-            row = {
-                k: v[i]
-                for k, v in columns.items()
-                if isinstance(v, (list, tuple)) and len(v) == len(completions)
-            }
-            steps = torch.tensor(self.score_steps(completion_text(completion), row)).double()
+            steps = self.score_steps(completion_text(completion), row_of(columns, i))
+            steps = torch.tensor(steps).double()
             if self.eta is not None:
                 steps = clip_step_rewards(steps, self.eta)
             if self.delta:

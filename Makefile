@@ -52,7 +52,7 @@ sanitize: env
 	PATH="$(BIN):$$PATH" bench/sanitize.sh
 
 bench: env
-	$(BIN)/fastgrpo bench
+	$(BIN)/fastgrpo bench --save
 
 recipes: env
 	$(BIN)/python -m fastgrpo.recipes > docs/recipes.md

@@ -1,9 +1,9 @@
 """The main job end to end, several seeds: held-out IoU before and after GRPO, and seconds.
 
-    python bench/bench_demo.py --out runs/bench_demo --seeds 0 1 2
+    python bench/bench_demo.py --out runs/bench_demo --seeds 0 1 2 --save
 
-Each seed draws its own data and runs `python -m fastgrpo.demo` in a process of its own. Writes
-bench/results/demo_<hardware>_<date>.json.
+Each seed draws its own data and runs `python -m fastgrpo.demo` in a process of its own. With
+--save it writes bench/results/demo_<hardware>_<date>.json.
 """
 
 import argparse
@@ -64,10 +64,12 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/bench_demo"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--save", action="store_true", help="write bench/results")
     args = parser.parse_args()
     runs = [measure(args.out / f"seed{seed}", seed) for seed in args.seeds]
     print(table(runs))
-    print(save(runs))
+    if args.save:
+        print(save(runs))
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def test_gradient_checkpointing_in_train_mode(family, reentrant):
     model = tm.tiny_model(family).train()
     groups = tm.synthetic_groups(model)
     want, want_grads = naive(model, groups)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    tm.checkpoint_activations(model, reentrant=reentrant)
     model.enable_input_require_grads()
     got, got_grads = packed(model, groups)
     assert logp_error(got, want) <= 2e-5

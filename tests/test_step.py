@@ -280,7 +280,7 @@ def test_step_with_gradient_checkpointing(reentrant):
     groups = off_policy(model, tm.synthetic_groups(model))
     obj = fg.Objective(loss_type="grpo", beta=0.1)
     want, want_grads = plain_step(model, groups, obj)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    tm.checkpoint_activations(model, reentrant=reentrant)
     model.enable_input_require_grads()
     fg.GRPOStep(model, obj, max_tokens=41)(groups)
     assert tm.grad_error(tm.take_grads(model), want_grads)[0] <= 2e-5

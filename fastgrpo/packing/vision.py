@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -68,6 +67,7 @@ class FeatureStore:
 
     def __init__(self, keep: set[int], *, detach: bool = False):
         self.keep, self.detach = keep, detach
+        self.output: type | None = None  # what the model's get_image_features returns
         self.whole = False  # deepstack features are one tensor per layer, not one per image
         # image -> its pooled features, then those of each deepstack layer
         self._features: dict[int, list[Tensor]] = {}
@@ -119,10 +119,12 @@ def shared_features(
         if encoded:
             output = original(pixel_values, image_grid_thw, **kwargs)
             # transformers 5.17 gives deepstack as one tensor per layer, 5.23 as one per image
+            store.output = type(output)
             store.whole = any(isinstance(layer, Tensor) for layer in _deep(output))
             for image, features in zip(encoded, _per_image(output), strict=True):
                 fresh[image] = store.put(image, features)
-        return _joined([fresh[i] if i in fresh else store.get(i) for i in ids], store.whole)
+        features = [fresh[i] if i in fresh else store.get(i) for i in ids]
+        return _joined(store.output, features, store.whole)
 
     owner.get_image_features = get_image_features
     try:
@@ -141,7 +143,8 @@ def idle_tower(core) -> Iterator[dict[str, Tensor]]:
     def get_image_features(pixel_values, image_grid_thw=None, **kwargs):
         output = original(pixel_values, image_grid_thw, **kwargs)
         whole = any(isinstance(layer, Tensor) for layer in _deep(output))
-        return _joined([[f[:0] for f in features] for features in _per_image(output)], whole)
+        empty = [[f[:0] for f in features] for features in _per_image(output)]
+        return _joined(type(output), empty, whole)
 
     side = config.spatial_merge_size
     width = config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -156,11 +159,12 @@ def idle_tower(core) -> Iterator[dict[str, Tensor]]:
         del owner.get_image_features
 
 
-def _joined(features: list[list[Tensor]], whole: bool) -> SimpleNamespace:
-    """What the model reads of `get_image_features`, from each image's features."""
+def _joined(output: type, features: list[list[Tensor]], whole: bool):
+    """What `get_image_features` returns, an `output` of the model's own class, from each image's
+    features."""
     pooled, *layers = zip(*features, strict=True)
-    layers = [torch.cat(layer) if whole else layer for layer in layers]
-    return SimpleNamespace(pooler_output=pooled, deepstack_features=layers)
+    deep = [torch.cat(layer) if whole else layer for layer in layers]
+    return output(pooler_output=pooled, **({"deepstack_features": deep} if deep else {}))
 
 
 def _per_image(output) -> list[list[Tensor]]:

@@ -234,6 +234,14 @@ def weighted_sum(logp: Sequence[Sequence[Tensor]], weights: Sequence[Sequence[Te
     )
 
 
+def checkpoint_activations(model, *, reentrant: bool) -> None:
+    """Turn on activation checkpointing under the name this transformers has for it."""
+    name = "activation_checkpointing_enable"
+    if not hasattr(model, name):  # before 5.23
+        name = "gradient_checkpointing_enable"
+    getattr(model, name)({"use_reentrant": reentrant})
+
+
 def take_grads(model) -> dict[str, Tensor | None]:
     """Gradients by parameter name; they are removed from the model."""
     grads = {n: p.grad for n, p in model.named_parameters()}

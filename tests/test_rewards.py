@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from published import fenced, one
+from reward_rows import BOXES, row
 
 import fastgrpo as fg
 from fastgrpo import rewards
@@ -15,8 +17,6 @@ from fastgrpo.reference.average_precision import COCO, RECALLS
 from fastgrpo.rewards import v_triune
 from fastgrpo.rewards.boxes import first_box, iou_continuous
 from fastgrpo.rewards.text import clean_text, extract_choice, ngram_repetition
-from fastgrpo.testing.reward_rows import BOXES, row
-from fastgrpo.testing.upstream import fenced, one
 
 CAT, DOG = BOXES
 SOLUTION = f"<answer>{fenced(BOXES)}</answer>"

@@ -4,9 +4,9 @@ import math
 import random
 
 import pytest
+from reward_rows import BOXES, GROUPWISE, MATHEMATICAL, call
 
 from fastgrpo import rewards
-from fastgrpo.testing.reward_rows import BOXES, GROUPWISE, MATHEMATICAL, call
 
 COUNT = 10_000
 # The workers need about a millisecond per answer; these rewards see a share of the completions.

@@ -2,15 +2,17 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from reward_rows import MATHEMATICAL, call
 
 from fastgrpo import rewards
 from fastgrpo.rewards import math_pool
-from fastgrpo.testing.reward_rows import MATHEMATICAL, call
 
 BOUND = 0.020  # seconds of CPU per completion: the promise of every reward
 PLAIN = [name for name in rewards.names() if name not in MATHEMATICAL]
@@ -158,7 +160,7 @@ def test_a_worker_that_needs_too_much_memory_says_so():
 
 _MEMORY_TEST = """
 import json, resource, sys
-from fastgrpo.testing.reward_rows import call
+from reward_rows import call
 names, texts = json.load(sys.stdin)
 for name in names:
     call(name, ["<answer>[1, 2, 3, 4]</answer>"])
@@ -181,5 +183,8 @@ def test_a_megabyte_of_text_needs_less_than_64_megabytes():
     ]
     given = json.dumps([PLAIN, texts])
     command = [sys.executable, "-c", _MEMORY_TEST]
-    done = subprocess.run(command, input=given, text=True, capture_output=True, timeout=300)
+    support = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "support")}
+    done = subprocess.run(
+        command, input=given, text=True, capture_output=True, timeout=300, env=support
+    )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -9,13 +9,13 @@ import math
 import os
 from pathlib import Path
 
+import published.systems
+import published.trainer
+import published.vlm_r1  # noqa: F401
 import pytest
-
-import fastgrpo.testing.upstream_systems
-import fastgrpo.testing.upstream_trainer  # noqa: F401
-from fastgrpo.testing.upstream import ADAPTERS
-from fastgrpo.testing.upstream_engine import OBJECTIVE_ADAPTERS
-from fastgrpo.testing.upstream_fixed import fixed_value
+from published import ADAPTERS
+from published.engine import OBJECTIVE_ADAPTERS
+from published.fixed import fixed_value
 
 FOLDER = Path(os.environ.get("FASTGRPO_CASES") or Path(__file__).parent / "cases")
 TOLERANCE = 1e-6

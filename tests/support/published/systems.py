@@ -1,10 +1,10 @@
-"""Recorded calls of the published systems other than VLM-R1; see `upstream`."""
+"""Recorded calls of the published systems other than VLM-R1."""
 
 from __future__ import annotations
 
 import json
 
-from fastgrpo.testing.upstream import adapter, answered, one
+from published import adapter, answered, one
 
 
 def _answer_of(text: str) -> str:

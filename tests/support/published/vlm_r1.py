@@ -1,50 +1,14 @@
-"""The published reward code's recorded calls, as calls of our rewards with compat="upstream".
-
-`ADAPTERS[(system, function)]` maps the inputs of a recorded case to its output; `FIXED` says what
-the repaired reward gives for the cases whose behaviour is a quirk.
-"""
+"""Recorded calls of VLM-R1's rewards and evaluation scripts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
 
-from fastgrpo import rewards
 from fastgrpo.ops.box_iou import box_iou
 from fastgrpo.rewards import text as text_module
 from fastgrpo.rewards.boxes import iou_vlm_r1
 from fastgrpo.rewards.vlm_r1_detection import detection_score, upstream_map
-
-Adapter = Callable[..., Any]
-ADAPTERS: dict[tuple[str, str], Adapter] = {}
-
-
-def adapter(system: str, *functions: str):
-    def register(call: Adapter) -> Adapter:
-        ADAPTERS.update({(system, function): call for function in functions})
-        return call
-
-    return register
-
-
-def one(
-    name: str, completion: str, compat: str = "upstream", params: dict | None = None, **columns
-):
-    """The reward of one completion."""
-    function = rewards.get(name, compat=compat, **(params or {}))
-    return function(None, [completion], **{key: [value] for key, value in columns.items()})[0]
-
-
-def fenced(items: Any) -> str:
-    return f"```json\n{json.dumps(items)}\n```"
-
-
-def answered(content: str) -> str:
-    return f"<think>t</think><answer>{content}</answer>"
-
-
-# VLM-R1
+from published import adapter, answered, fenced, one
 
 _FAMILIES = {"Qwen2VLModule": "qwen", "InvernVLModule": "internvl", "GLMVModule": "glm"}
 

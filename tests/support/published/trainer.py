@@ -1,4 +1,4 @@
-"""Recorded calls of VLM-R1's trainer, as calls of our ops; see `upstream`."""
+"""Recorded calls of VLM-R1's trainer, as calls of our ops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastgrpo.objective import Objective
 from fastgrpo.ops.group_advantages import group_advantages
 from fastgrpo.ops.grpo_loss import grpo_loss
 from fastgrpo.ops.linear_logprob import linear_logprob
-from fastgrpo.testing.upstream import adapter
+from published import adapter
 
 
 @adapter("VLM-R1", "VLMGRPOTrainer._get_per_token_logps")

@@ -1,4 +1,4 @@
-"""What compat="fixed" gives for VLM-R1's recorded quirks, derived by hand; see `upstream`."""
+"""What compat="fixed" gives for VLM-R1's recorded quirks, derived by hand."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrpo_kernels.aot import KernelSpec
+from fastgrpo_kernels.launch import launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -416,11 +417,11 @@ def shared_prefix_attention_op(
     lse = q.new_empty((heads, tokens), dtype=torch.float32)
     t = tiles("fwd", q.device, q.dtype, head_dim, not window and not softcap)
     programs = blocks.shape[1] * (block_rows // t.m) * heads
-    if programs:
-        _shared_prefix_fwd_kernel[(programs,)](
-            q, k, v, out, lse, blocks[0], tokens, heads, heads // k.shape[1], *_strides(q, k, v),
-            window, scale, softcap, **_constants(t, head_dim, window, softcap, block_rows),
-        )  # fmt: skip
+    launch(
+        _shared_prefix_fwd_kernel, (programs,), q,
+        q, k, v, out, lse, blocks[0], tokens, heads, heads // k.shape[1], *_strides(q, k, v),
+        window, scale, softcap, **_constants(t, head_dim, window, softcap, block_rows),
+    )  # fmt: skip
     return out, lse
 
 
@@ -446,14 +447,14 @@ def shared_prefix_attention_backward_op(
     kind = (q.device, q.dtype, head_dim, not window and not softcap)
     t = tiles("dq", *kind)
     programs = blocks.shape[1] * (block_rows // t.m) * heads
-    if programs == 0:
-        return dq, dk, dv
-    _shared_prefix_dq_kernel[(programs,)](
+    launch(
+        _shared_prefix_dq_kernel, (programs,), q,
         q, k, v, out, dout, lse, delta, dq, blocks[0], tokens, heads, group, *strides,
         window, scale, softcap, **_constants(t, head_dim, window, softcap, block_rows),
     )  # fmt: skip
     t = tiles("dkv", *kind)
-    _shared_prefix_dkv_kernel[(blocks.shape[1] * (block_rows // t.n) * kv_heads,)](
+    launch(
+        _shared_prefix_dkv_kernel, (blocks.shape[1] * (block_rows // t.n) * kv_heads,), q,
         q, k, v, dout, lse, delta, dk, dv, blocks[1], positions, tokens, kv_heads, group, *strides,
         window, scale, softcap, **_constants(t, head_dim, window, softcap, block_rows),
     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from common import Row, importable, main, measure, median_ms, peak_mib
 
 import fastgrpo as fg
-from fastgrpo.ops._select import why_not
+from fastgrpo.ops.select import why_not
 
 # B samples, n predictions, m ground-truth boxes
 SHAPES = {"B=512 50x50": (512, 50, 50)}

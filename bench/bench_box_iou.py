@@ -10,7 +10,7 @@ import torch
 from common import Row, importable, main, measure, median_ms, peak_mib
 
 import fastgrpo as fg
-from fastgrpo.ops._select import why_not
+from fastgrpo.ops.select import why_not
 
 # B, n, m: 512 completions of a detection task; on a GPU also enough to fill the chip.
 CPU_SHAPES = {"B=512 50x50": (512, 50, 50)}

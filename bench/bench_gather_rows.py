@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from common import Row, main, measure, median_ms, peak_mib
 
-from fastgrpo.ops._select import why_not
 from fastgrpo.ops.gather_rows import gather_rows, row_index
+from fastgrpo.ops.select import why_not
 from fastgrpo.packing.layout import GroupLayout
 from fastgrpo.testing import relative_error
 

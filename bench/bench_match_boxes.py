@@ -11,7 +11,7 @@ import torch
 from common import Row, importable, main, measure, median_ms, peak_mib
 
 import fastgrpo as fg
-from fastgrpo.ops._select import why_not
+from fastgrpo.ops.select import why_not
 
 SHAPES = {"512 of 20x20": (512, 20), "512 of 100x100": (512, 100), "64 of 256x256": (64, 256)}
 SMALL = {"small 3 of 5x5": (3, 5)}

@@ -10,9 +10,9 @@ from fastgrpo.ops.average_precision import average_precision
 from fastgrpo.ops.box_iou import box_iou, pairwise_box_iou
 from fastgrpo.ops.group_advantages import group_advantages
 from fastgrpo.ops.grpo_loss import GRPOLoss, grpo_loss, merge_metrics
-from fastgrpo.ops.linear_grpo import linear_grpo_loss
-from fastgrpo.ops.linear_kl import linear_kl
-from fastgrpo.ops.linear_logprob import linear_logprob
+from fastgrpo.ops.linear.grpo import linear_grpo_loss
+from fastgrpo.ops.linear.kl import linear_kl
+from fastgrpo.ops.linear.logprob import linear_logprob
 from fastgrpo.ops.match_boxes import match_boxes
 from fastgrpo.ops.token_kl import token_kl
 from fastgrpo.packing import Group

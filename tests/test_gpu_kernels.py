@@ -6,9 +6,9 @@ import torch
 pytest.importorskip("triton")
 
 import fastgrpo as fg
-from fastgrpo.reference.grpo_loss import segment_sum
+from fastgrpo.losses.tokens import segment_sum
+from fastgrpo.ops.linear.offset_exp import offset_exp as reference_offset_exp
 from fastgrpo.reference.linear_logprob import linear_logprob as reference_logprob
-from fastgrpo.reference.offset_exp import offset_exp as reference_offset_exp
 from fastgrpo.testing import relative_error
 
 pytestmark = pytest.mark.gpu

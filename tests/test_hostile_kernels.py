@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import fastgrpo as fg
-from fastgrpo.ops._head import chunk_rows
+from fastgrpo.ops.linear.head import chunk_rows
 
 N, D, V = 6, 8, 21
 ROW = 2  # the hostile row
@@ -80,7 +80,7 @@ def test_logits(case, dtype):
 
 def _infinite_logits(promise, clean, z, y, dtype):
     """A product cannot make one row infinite alone: its result is put there in its place."""
-    from fastgrpo.ops._head import Head
+    from fastgrpo.ops.linear.head import Head
 
     out = {}
     for name, rows in (("clean", clean), ("hostile", z)):

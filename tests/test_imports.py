@@ -101,7 +101,7 @@ def test_layers_import_downwards():
                 if top == "trl":
                     assert part in ("cli", "integrations", "demo", "testing"), path
                 if part == "reference":
-                    own = name.startswith("fastgrpo.reference") or top in (
+                    own = name.startswith(("fastgrpo.reference", "fastgrpo.losses")) or top in (
                         "torch",
                         "scipy",
                         "numpy",

@@ -10,8 +10,8 @@ import torch
 
 import fastgrpo as fg
 from fastgrpo.objective import LOSS_TYPES
-from fastgrpo.ops._linear_grpo import encode_spec, linear_grpo_op
-from fastgrpo.ops._select import why_not
+from fastgrpo.ops.linear.one_pass import encode_spec, linear_grpo_op
+from fastgrpo.ops.select import why_not
 from fastgrpo.testing import assert_within_budget, relative_error
 
 FAST = [i for i in ("torch", "cpp") if why_not("linear_grpo_loss", i, torch.device("cpu")) is None]
@@ -288,7 +288,7 @@ def test_refusals():
 @pytest.mark.parametrize("entropy,softcap", [(0.0, None), (0.1, None), (0.1, 4.0)])
 def test_bfloat16_route_of_a_gpu(monkeypatch, name, entropy, softcap):
     """The CUDA route on CPU: bf16 matmuls emulated, E in bf16 over its logits."""
-    from fastgrpo.ops import _head, _linear_logprob, linear_logprob
+    from fastgrpo.ops.linear import head, logprob
 
     def mm_wide(a, b, out=None, add=False):
         assert a.dtype == b.dtype == torch.bfloat16
@@ -303,9 +303,9 @@ def test_bfloat16_route_of_a_gpu(monkeypatch, name, entropy, softcap):
     want = call(obj, wide, "reference", **kwargs)
     b |= {k: wide[k].float() for k in ("old_logp", "ref_logp", "rollout_logp", "advantages")}
     logp = fg.linear_logprob(b["hidden"], b["weight"], b["targets"]).logp
-    for module in (_head, _linear_logprob, linear_logprob):
+    for module in (head, logprob):
         monkeypatch.setattr(module, "bfloat16_products", lambda x: x.dtype == torch.bfloat16)
-    monkeypatch.setattr(_head, "mm_wide", mm_wide)
+    monkeypatch.setattr(head, "mm_wide", mm_wide)
     got = call(obj, b, "torch", workspace_mb=4 * V * 4 / 2**20, **kwargs)
     assert (got[1] - want[1]).abs().max() <= 2e-4
     for a, e in zip(got[2], want[2], strict=True):

@@ -101,7 +101,7 @@ def test_gradcheck():
 
 
 def test_opcheck_and_fullgraph():
-    from fastgrpo.ops import linear_kl as module
+    from fastgrpo.ops.linear import kl as module
 
     inputs = [x.requires_grad_() for x in streams(torch.float32)]
     torch.library.opcheck(torch.ops.fastgrpo.linear_kl.default, (*inputs, 0.7, None, "torch"))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fastgrpo as fg
-from fastgrpo.ops._linear_logprob import linear_logprob_op
-from fastgrpo.ops._select import why_not
+from fastgrpo.ops.linear.logprob import linear_logprob_op
+from fastgrpo.ops.select import why_not
 from fastgrpo.testing import assert_within_budget, relative_error
 
 CPU = torch.device("cpu")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastgrpo.ops._head import offset_exp_as
-from fastgrpo.ops._select import why_not
+from fastgrpo.ops.linear.head import offset_exp_as
+from fastgrpo.ops.select import why_not
 from fastgrpo.testing import assert_within_budget
 
 MISSING = why_not("linear_logprob", "cpp", torch.device("cpu"))

@@ -4,7 +4,7 @@ import fastgrpo_kernels
 import pytest
 import torch
 
-from fastgrpo.reference.offset_exp import offset_exp as torch_offset_exp
+from fastgrpo.ops.linear.offset_exp import offset_exp as torch_offset_exp
 from fastgrpo.testing import assert_within_budget
 
 INFO = fastgrpo_kernels.build_info()["cpp"]

@@ -11,10 +11,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from fastgrpo_kernels.grpo_loss import grpo_terms
 from fastgrpo_kernels.token_kl import token_kl
 
+from fastgrpo.losses.metrics import metric_kind
+from fastgrpo.losses.tokens import Tokens, token_scales
 from fastgrpo.objective import ESTIMATORS, ROLLOUT_MODES, KLTerm, Objective
 from fastgrpo.ops.grpo_loss import names_of, resolve_advantages
-from fastgrpo.reference.grpo_loss import Tokens, loss_terms, token_scales
-from fastgrpo.reference.grpo_metrics import metric_kind, metric_stats
+from fastgrpo.reference.grpo_loss import loss_terms
+from fastgrpo.reference.grpo_metrics import metric_stats
 from fastgrpo.reference.token_kl import token_kl as token_kl_reference
 from fastgrpo.testing import assert_within_budget
 

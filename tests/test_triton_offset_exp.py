@@ -10,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from fastgrpo_kernels.offset_exp import offset_exp
 
-from fastgrpo.reference.offset_exp import offset_exp as reference
+from fastgrpo.ops.linear.offset_exp import offset_exp as reference
 from fastgrpo.testing import assert_within_budget
 
 pytestmark = pytest.mark.interpreter

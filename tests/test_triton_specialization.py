@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from fastgrpo.losses.tokens import Scales, Tokens
 from fastgrpo.objective import Objective
-from fastgrpo.reference.grpo_loss import Scales, Tokens
 
 
 @pytest.fixture

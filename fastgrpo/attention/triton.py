@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgrpo.ops._select import why_not
+from fastgrpo.ops.select import why_not
 from fastgrpo.ops.shared_prefix_attention import (
     PrefixTables,
     prefix_tables,

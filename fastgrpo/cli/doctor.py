@@ -107,10 +107,10 @@ def device() -> torch.device:
 
 def ops() -> dict[str, dict[str, Any]]:
     """Per op: the implementation in use on this machine, and why each other one is not."""
-    from fastgrpo.ops._select import _ORDER, select, why_not
+    from fastgrpo.ops.select import ORDER, select, why_not
 
     found = {}
-    for op, by_device in _ORDER.items():
+    for op, by_device in ORDER.items():
         chosen = select(op, device())
         names = dict.fromkeys(name for order in by_device.values() for name in order)
         others = {name: why_not(op, name, device()) for name in names if name != chosen}

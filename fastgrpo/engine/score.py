@@ -12,7 +12,7 @@ from fastgrpo.engine.forward import extra_forwards, feature_store, forward_row
 from fastgrpo.engine.self_check import self_check as run_self_check
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.ops.linear_logprob import linear_logprob
+from fastgrpo.ops.linear.logprob import linear_logprob
 from fastgrpo.packing.group import Group
 from fastgrpo.packing.planner import plan_rows, regroup
 from fastgrpo.packing.row import PackedRow, check_prompt

@@ -14,7 +14,7 @@ from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.objective import KLStream, Objective
 from fastgrpo.ops.grpo_loss import GRPOLoss, grpo_loss, merge_metrics
-from fastgrpo.ops.linear_grpo import linear_grpo_loss
+from fastgrpo.ops.linear.grpo import linear_grpo_loss
 from fastgrpo.packing.group import Group
 from fastgrpo.packing.row import IGNORED, PackedRow, fed_and_target
 from fastgrpo.packing.vision import FeatureStore

@@ -7,7 +7,7 @@ import torch
 from fastgrpo.checks import check_choice
 from fastgrpo.errors import InputError
 from fastgrpo.ops._boxes import as_box_pair, as_sizes, check_same_samples, pair_counts, starts
-from fastgrpo.ops._select import select
+from fastgrpo.ops.select import select
 from fastgrpo.reference import box_iou as reference
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fastgrpo.checks import check_tensor
 from fastgrpo.errors import InputError
-from fastgrpo.ops._select import select
+from fastgrpo.ops.select import select
 from fastgrpo.reference import gather_rows as reference
 
 

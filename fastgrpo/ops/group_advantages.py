@@ -6,7 +6,7 @@ import torch
 
 from fastgrpo.checks import check_choice, check_tensor
 from fastgrpo.errors import InputError
-from fastgrpo.ops._select import select
+from fastgrpo.ops.select import select
 from fastgrpo.reference.group_advantages import group_advantages as reference
 
 

@@ -8,10 +8,12 @@ import torch
 
 from fastgrpo.checks import check_tensor
 from fastgrpo.errors import InputError
+from fastgrpo.losses.metrics import merge_stats, metric_names
+from fastgrpo.losses.tokens import Scales, Tokens, token_scales
 from fastgrpo.objective import KLTerm, Objective
-from fastgrpo.ops._select import select
-from fastgrpo.reference.grpo_loss import Scales, Tokens, loss_terms, token_scales
-from fastgrpo.reference.grpo_metrics import merge_stats, metric_names, metric_stats
+from fastgrpo.ops.select import select
+from fastgrpo.reference.grpo_loss import loss_terms
+from fastgrpo.reference.grpo_metrics import metric_stats
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from fastgrpo.checks import check_choice, check_tensor
 from fastgrpo.errors import InputError
 from fastgrpo.ops._boxes import as_sizes, check_same_samples, pair_counts, starts
-from fastgrpo.ops._select import select, why_not
+from fastgrpo.ops.select import select, why_not
 from fastgrpo.reference import match_boxes as reference
 
 

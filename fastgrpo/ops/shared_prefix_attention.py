@@ -9,7 +9,7 @@ import torch
 
 from fastgrpo.checks import check_positive, check_tensor
 from fastgrpo.errors import InputError
-from fastgrpo.ops._select import select
+from fastgrpo.ops.select import select
 from fastgrpo.reference import shared_prefix_attention as reference
 
 BLOCK_ROWS = 128  # rows of one entry of the work table; the kernels' tiles divide it

@@ -6,7 +6,7 @@ Letters: N rows, D hidden size, V vocabulary.
 import torch
 import torch.nn.functional as F
 
-IGNORE = -100
+from fastgrpo.losses.tokens import IGNORE
 
 
 def head_logits(

@@ -3,21 +3,13 @@
 Letters: C rows of a chunk, V vocabulary; a, b boxes of one sample.
 """
 
-from typing import NamedTuple
-
 import torch
+
+from fastgrpo_kernels.exponentials import OffsetExp
 
 KINDS = ("iou", "giou", "diou", "ciou")
 CONVENTIONS = ("continuous", "pixel", "vlm_r1")
 METHODS = ("optimal", "greedy", "greedy_rows")
-
-
-class OffsetExp(NamedTuple):
-    exps: torch.Tensor
-    sum_exp: torch.Tensor
-    target_logit: torch.Tensor
-    moment: torch.Tensor | None
-    overflow: torch.Tensor
 
 
 def offset_exp(

@@ -18,31 +18,20 @@ Letters: C rows of a chunk, V vocabulary (of this shard).
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from fastgrpo_kernels.aot import KernelSpec
+from fastgrpo_kernels.exponentials import MAX_EXPONENT, OffsetExp
 
-MAX_EXPONENT = 76.0
 # exp(MAX_EXPONENT) in float32: a row with one larger exponent has a larger sum.
 SUM_LIMIT = tl.constexpr(float(torch.tensor(MAX_EXPONENT).exp()))
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 # 16 logits per thread in flight (four 16-byte loads) at eight warps; two sums of as many registers.
 BLOCK, NUM_WARPS = 4096, 8
-
-
-class OffsetExp(NamedTuple):
-    """E (a view of the logits' memory) and per row S, f(z_y), sum of E d (or None), overflow."""
-
-    exps: torch.Tensor
-    sum_exp: torch.Tensor
-    target_logit: torch.Tensor
-    moment: torch.Tensor | None
-    overflow: torch.Tensor
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 from fastgrpo.objective import Objective
 from fastgrpo.ops.group_advantages import group_advantages
 from fastgrpo.ops.grpo_loss import grpo_loss
-from fastgrpo.ops.linear_logprob import linear_logprob
+from fastgrpo.ops.linear.logprob import linear_logprob
 from published import adapter
 
 

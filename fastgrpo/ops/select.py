@@ -10,7 +10,7 @@ import torch
 from fastgrpo.errors import InputError
 
 # Fastest first. "reference" is the definition and serves every device.
-_ORDER = {
+ORDER = {
     "linear_logprob": {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
     "linear_grpo_loss": {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
     "linear_kl": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
@@ -38,10 +38,10 @@ def select(op: str, device: torch.device, impl: str | None = None) -> str:
 
     An implementation asked for by name that cannot serve raises InputError with the reason.
     """
-    order = _ORDER[op].get(device.type, ())
+    order = ORDER[op].get(device.type, ())
     if impl is None:
         return next((name for name in order if why_not(op, name, device) is None), "reference")
-    known = {name for names in _ORDER[op].values() for name in names} | {"reference"}
+    known = {name for names in ORDER[op].values() for name in names} | {"reference"}
     if impl not in known:
         raise InputError(f"impl: {op} has {sorted(known)}, got {impl!r}")
     reason = why_not(op, impl, device)
@@ -62,13 +62,13 @@ def why_not(op: str, impl: str, device: torch.device) -> str | None:
     """The reason why `impl` cannot serve `op` on `device`, or None if it can."""
     if impl == "reference":
         return None
-    if impl not in {name for names in _ORDER[op].values() for name in names}:
+    if impl not in {name for names in ORDER[op].values() for name in names}:
         return "this op has no such implementation"
     if impl == "triton":
         if device.type != "cuda" and not _interpreting():
             return f"Triton kernels need a CUDA device, the tensors are on {device.type}"
         return _module_missing(_TRITON_MODULE.get(op, op))
-    if impl not in _ORDER[op].get(device.type, ()):
+    if impl not in ORDER[op].get(device.type, ()):
         return f"the {impl} kernel does not serve tensors on {device.type}"
     if impl == "cuda":
         return importlib.import_module("fastgrpo_kernels._cuda").why_missing()

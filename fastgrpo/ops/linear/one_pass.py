@@ -14,27 +14,15 @@ import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 
-from fastgrpo.objective import Objective
-from fastgrpo.ops._head import Chunk, Gradients, Head
-from fastgrpo.ops._select import constant_when_compiled
+from fastgrpo.losses.metrics import metric_names
+from fastgrpo.losses.tokens import Scales, Tokens, token_scales
+from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops.grpo_loss import terms_and_stats
-from fastgrpo.reference.grpo_loss import Scales, Tokens, token_scales
-from fastgrpo.reference.grpo_metrics import metric_names
-
-
-class KLStream(NamedTuple):
-    """A KLTerm inside the op."""
-
-    other_logp: torch.Tensor
-    coefficient: float
-    estimator: str
-    log_ratio_clamp: float
-    value_clamp: float | None
-    mask: torch.Tensor | None
+from fastgrpo.ops.linear.head import Chunk, Gradients, Head
+from fastgrpo.ops.select import constant_when_compiled
 
 
 @torch.library.custom_op("fastgrpo::linear_grpo_loss", mutates_args=())
@@ -263,7 +251,9 @@ class _Loss:
         """(dloss/dlogp, dloss/dentropy or None) of the rows, from the log-probs made so far."""
         t = Tokens(*(x[rows] if isinstance(x, torch.Tensor) else x for x in self.tokens))
         streams = [
-            s._replace(other_logp=s.other_logp[rows], mask=None if s.mask is None else s.mask[rows])
+            dataclasses.replace(
+                s, other_logp=s.other_logp[rows], mask=None if s.mask is None else s.mask[rows]
+            )
             for s in self.streams
         ]
         share = t.mask.sum().to(t.logp.dtype) / self.count.clamp(min=1)
@@ -306,11 +296,11 @@ def _dumps(obj: Objective, kl_scalars: list[list], sampled_entropy_coef: float) 
 
 def decode_spec(
     spec: str, kl_logps: tuple[torch.Tensor, ...], kl_masks: tuple[torch.Tensor, ...]
-) -> tuple[Objective, list[KLStream], float]:
+) -> tuple[Objective, list[KLTerm], float]:
     """(objective, KL streams, sampled_entropy_coef); an empty mask tensor stands for no mask."""
     obj, scalars, sampled = _parse(spec)
     streams = [
-        KLStream(logp, *numbers, None if mask.numel() == 0 else mask)
+        KLTerm(logp, *numbers, None if mask.numel() == 0 else mask)
         for logp, mask, numbers in zip(kl_logps, kl_masks, scalars, strict=True)
     ]
     return obj, streams, sampled

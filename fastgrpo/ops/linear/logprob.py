@@ -1,17 +1,136 @@
-"""The chunked linear_logprob as a custom op: forward, and backward by one of four plans.
+"""linear_logprob: log-probabilities of targets without storing the (N, V) logits.
 
-Letters: N rows, D hidden size, V vocabulary.
+A custom op over chunks of rows; backward by one of four plans:
 
     forward    1 matmul   no gradient wanted
     frozen     2 matmuls  the weight needs no gradient: forward makes u = dlogp/dhidden (N, D)
     keep       3 matmuls  forward keeps the exponentials (N, V), if the workspace holds them
     recompute  4 matmuls  backward makes the logits again (3 with a frozen head)
+
+Letters: N rows, D hidden size, V vocabulary.
 """
+
+from dataclasses import dataclass
 
 import torch
 
-from fastgrpo.ops._head import Chunk, Gradients, Head, bfloat16_products
-from fastgrpo.reference.linear_logprob import IGNORE
+from fastgrpo.checks import check_choice
+from fastgrpo.errors import InputError
+from fastgrpo.losses.tokens import IGNORE
+from fastgrpo.ops.linear.head import Chunk, Gradients, Head, bfloat16_products
+from fastgrpo.ops.linear.inputs import check_head, inverse_temperature, select_head
+from fastgrpo.reference import linear_logprob as reference
+
+
+@dataclass(frozen=True)
+class LinearLogprob:
+    """logp (N,); entropy (N,) or None; plan: how the gradients are made (see linear_logprob).
+
+    overflow: rows whose exponents left float32 about the target logit, recomputed safely.
+    """
+
+    logp: torch.Tensor
+    entropy: torch.Tensor | None
+    plan: str
+    overflow: torch.Tensor
+
+
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: tuple[str, ...] = ("logp",),
+    impl: str | None = None,
+    validate: bool | None = None,
+    entropy_grad: bool = True,
+    workspace_mb: float | None = None,
+    process_group: object | None = None,
+) -> LinearLogprob:
+    """Log-probabilities of `targets` under softmax(hidden @ weight.T), the logits never stored.
+
+        z      = hidden_n @ weight.T + bias
+        f(z)   = softcap * tanh(logit_scale * z / softcap)      (logit_scale * z without a softcap)
+        logp_n = log softmax(f(z) / temperature_n)[targets_n],   H_n = -sum_j p_nj log p_nj
+
+    computed as -log1p(sum of exp about the target logit), so that a target whose probability is
+    within 1e-7 of 1 keeps its log-prob and its gradient.
+
+    Args:
+        hidden: (N, D), weight: (V, D) of the same dtype; a DTensor weight is gathered. bias: (V,).
+        targets: (N,) int64. -100: logp 0, no work, no gradient. Any other id outside [0, V):
+            InputError naming the row on CPU or with validate=True; NaN in that row on CUDA.
+        temperature: a number > 0, or (N,).
+        outputs: "logp", and "entropy" if wanted; entropy_grad=False saves its backward work.
+        impl: "reference", "torch", "cpp", "triton"; None picks the fastest there is.
+        workspace_mb: memory for a chunk of logits (default 128, at least 512 rows; on a GPU 4096
+            rows), and for keeping the exponentials (default 512).
+        process_group: the weight and bias are this rank's vocabulary shard, in rank order; hidden
+            and targets are the same on all ranks, and so is every result but dweight and dbias.
+
+    Returns LinearLogprob: logp, entropy float32 (float64 from float64 inputs), differentiable in
+    hidden, weight and bias. plan: "forward" (1 matmul: nothing needs a gradient), "frozen" (2: the
+    weight needs none), "keep" (3: the (N, V) exponentials fit the workspace), "recompute" (4), or
+    "autograd" (the reference). A row of hidden with NaN or inf makes only that row NaN. On the
+    same machine the result is bitwise reproducible.
+    """
+    for name in outputs:
+        check_choice("outputs", name, ("logp", "entropy"))
+    want_entropy = "entropy" in outputs
+    weight = check_head(
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, validate, process_group
+    )
+    targets = targets.long()
+    impl = select_head("linear_logprob", hidden, impl)
+    if impl == "reference":
+        if process_group is not None:
+            raise InputError("process_group: impl 'reference' has no vocabulary shards")
+        logp, entropy = reference.linear_logprob(
+            hidden, weight, targets, bias, temperature, softcap, logit_scale, want_entropy
+        )
+        return LinearLogprob(logp, entropy, "autograd", targets.new_zeros(()))
+    differentiable = want_entropy and entropy_grad
+    plan = _plan(hidden, weight, bias, differentiable, workspace_mb)
+    logp, entropy, _, _, overflow = linear_logprob_op(
+        hidden,
+        weight,
+        targets,
+        bias,
+        inverse_temperature(temperature, hidden),
+        softcap,
+        float(logit_scale),
+        want_entropy,
+        plan,
+        impl,
+        workspace_mb,
+        "" if process_group is None else process_group.group_name,
+    )
+    if want_entropy and not entropy_grad:
+        entropy = entropy.detach()
+    return LinearLogprob(logp, entropy if want_entropy else None, plan, overflow)
+
+
+def _plan(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    entropy_grad: bool,
+    workspace_mb: float | None,
+) -> str:
+    head_needs = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or head_needs):
+        return "forward"
+    if not head_needs and not entropy_grad:
+        return "frozen"
+    itemsize = 2 if bfloat16_products(hidden) else max(4, hidden.dtype.itemsize)
+    size = hidden.shape[0] * weight.shape[0] * itemsize
+    return (
+        "keep" if size <= (512.0 if workspace_mb is None else workspace_mb) * 2**20 else "recompute"
+    )
 
 
 @torch.library.custom_op("fastgrpo::linear_logprob", mutates_args=())

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from fastgrpo.errors import InputError
-from fastgrpo.reference.offset_exp import (
+from fastgrpo.ops.linear.offset_exp import (
     MAX_EXPONENT,
     exp_limit,
     offset_exp,
@@ -367,15 +366,3 @@ def chunk_rows(
     if workspace_mb is None:
         fit = 4096 if device == "cuda" else max(fit, 512)
     return max(1, min(rows, 4096, fit))
-
-
-def whole_weight(weight: torch.Tensor) -> torch.Tensor:
-    """A DTensor weight gathered (differentiably); InputError for a ZeRO-3 stub."""
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
-    if isinstance(weight, torch.Tensor) and weight.numel() == 0 and hasattr(weight, "ds_id"):
-        raise InputError(
-            "weight: an empty ZeRO-3 shard; gather it (deepspeed.zero.GatheredParameters) or call "
-            "the op inside the model's forward"
-        )
-    return weight

@@ -9,8 +9,9 @@ import torch
 
 from fastgrpo.checks import check_positive, check_tensor
 from fastgrpo.errors import InputError
-from fastgrpo.ops._head import chunk_rows, whole_weight
-from fastgrpo.ops._select import select
+from fastgrpo.ops.linear.head import chunk_rows
+from fastgrpo.ops.linear.inputs import whole_weight
+from fastgrpo.ops.select import select
 from fastgrpo.reference import linear_kl as reference
 
 

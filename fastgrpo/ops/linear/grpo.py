@@ -6,8 +6,9 @@ import torch
 
 from fastgrpo.checks import check_tensor
 from fastgrpo.errors import InputError
+from fastgrpo.losses.metrics import metric_names
+from fastgrpo.losses.tokens import IGNORE
 from fastgrpo.objective import KLTerm, Objective
-from fastgrpo.ops._linear_grpo import encode_spec, linear_grpo_op, run, scaled
 from fastgrpo.ops.grpo_loss import (
     GRPOLoss,
     bool_mask,
@@ -16,9 +17,9 @@ from fastgrpo.ops.grpo_loss import (
     grpo_loss,
     resolve_advantages,
 )
-from fastgrpo.ops.linear_logprob import check_head, inverse_temperature, select_head
-from fastgrpo.reference.grpo_metrics import metric_names
-from fastgrpo.reference.linear_logprob import IGNORE, linear_logprob
+from fastgrpo.ops.linear.inputs import check_head, inverse_temperature, select_head
+from fastgrpo.ops.linear.one_pass import encode_spec, linear_grpo_op, run, scaled
+from fastgrpo.reference.linear_logprob import linear_logprob
 
 
 def linear_grpo_loss(

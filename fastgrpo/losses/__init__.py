@@ -1,0 +1,1 @@
+"""What the references and the fast paths of the GRPO losses agree on: one definition each."""

@@ -1,0 +1,61 @@
+"""Metrics of the GRPO losses as mergeable statistics, under TRL's names.
+
+A statistic is a (2,) tensor: (sum, count) of a mean, or (value, 0) of a minimum, maximum or sum.
+"""
+
+from typing import Any
+
+import torch
+
+_CLIP = ("low_mean", "high_mean", "region_mean", "low_min", "high_max")
+_SAMPLING = (
+    "sampling_logp_difference/mean",
+    "sampling_logp_difference/max",
+    "importance_sampling_ratio/min",
+    "importance_sampling_ratio/mean",
+    "importance_sampling_ratio/max",
+)
+
+
+def metric_names(
+    obj: Any, has_ref: bool, has_rollout: bool, has_entropy: bool, num_kl_terms: int
+) -> list[str]:
+    """The names of the statistics of a call, known before it runs."""
+    names = ["policy_loss", "ratio/min", "ratio/max"]
+    if has_ref and obj.beta != 0.0:
+        names.append("kl")
+    if has_entropy:
+        names.append("entropy")
+    if obj.loss_type == "cispo":
+        names.append("cispo_clip_ratio")
+    elif obj.loss_type == "vespo":
+        names.append("vespo/phi_seq_mean")
+    elif obj.loss_type not in ("sapo", "gpg", "dro", "reinforce"):
+        names += [f"clip_ratio/{name}" for name in _CLIP]
+    if has_rollout and obj.vllm_importance_sampling_correction:
+        names += [f"sampling/{name}" for name in _SAMPLING]
+    return names + [f"kl_terms/{i}" for i in range(num_kl_terms)]
+
+
+def metric_kind(name: str) -> str:
+    """How statistics of this name merge: "mean", "min", "max" or "sum"."""
+    if name == "policy_loss":
+        return "sum"
+    tail = name.replace("/", "_").rsplit("_", 1)[-1]
+    return tail if tail in ("min", "max") else "mean"
+
+
+def merge_stats(names: list[str], stats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Metrics from the statistics of the parts of a batch: 0-dim tensors, NaN where undefined."""
+    stacked = torch.stack(stats)
+    merged = {}
+    for i, name in enumerate(names):
+        kind, value = metric_kind(name), stacked[:, i]
+        if kind == "mean":
+            merged[name] = value[:, 0].sum() / value[:, 1].sum().clamp(min=1.0)
+        elif kind == "sum":
+            merged[name] = value[:, 0].sum()
+        else:
+            best = value[:, 0].amin() if kind == "min" else value[:, 0].amax()
+            merged[name] = best.where(best.isfinite(), torch.full_like(best, torch.nan))
+    return merged

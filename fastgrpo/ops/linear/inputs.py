@@ -1,0 +1,85 @@
+"""The arguments that every projection op takes: checked once, in the form the ops use."""
+
+import torch
+
+from fastgrpo.checks import check_positive, check_targets, check_tensor
+from fastgrpo.errors import InputError
+from fastgrpo.ops.select import select
+
+
+def check_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    validate: bool | None,
+    process_group: object | None = None,
+) -> torch.Tensor:
+    """Check the arguments of a projection; returns the weight as an ordinary (V, D) tensor."""
+    weight = whole_weight(weight)
+    sizes: dict[str, int] = {}
+    check_tensor("hidden", hidden, "N D", like=sizes, floating=True)
+    check_tensor("weight", weight, "V D", like=sizes, dtypes=(hidden.dtype,), device=hidden.device)
+    check_tensor(
+        "targets",
+        targets,
+        "N",
+        like=sizes,
+        dtypes=(torch.int64, torch.int32),
+        device=hidden.device,
+    )
+    if bias is not None:
+        check_tensor("bias", bias, "V", like=sizes, floating=True, device=hidden.device)
+    if isinstance(temperature, torch.Tensor):
+        check_tensor("temperature", temperature, "N", like=sizes, floating=True)
+    else:
+        check_positive("temperature", temperature)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    check_positive("logit_scale", logit_scale)
+    host = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
+    if validate or (validate is None and host):
+        if process_group is None:
+            check_targets(targets, sizes["V"])
+        if isinstance(temperature, torch.Tensor) and not bool((temperature > 0).all()):
+            row = int((~(temperature > 0)).nonzero()[0, 0])
+            raise InputError(
+                f"temperature: row {row} is {float(temperature[row])}, expected a number > 0"
+            )
+    return weight
+
+
+def select_head(op: str, hidden: torch.Tensor, impl: str | None) -> str:
+    """The implementation of a projection op: the kernels take float32 logits."""
+    if hidden.dtype == torch.float64:
+        if impl in ("cpp", "triton"):
+            raise InputError(f"impl: {op} cannot run as {impl!r}: hidden is float64")
+        impl = impl or "torch"
+    return select(op, hidden.device, impl)
+
+
+def inverse_temperature(
+    temperature: float | torch.Tensor, hidden: torch.Tensor
+) -> torch.Tensor | None:
+    """(N,) 1 / T in at least float32, or None for a temperature of 1."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if isinstance(temperature, torch.Tensor):
+        return 1.0 / temperature.detach().to(dtype)
+    if temperature == 1.0:
+        return None
+    return hidden.new_full((hidden.shape[0],), 1.0 / temperature, dtype=dtype)
+
+
+def whole_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A DTensor weight gathered (differentiably); InputError for a ZeRO-3 stub."""
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+    if isinstance(weight, torch.Tensor) and weight.numel() == 0 and hasattr(weight, "ds_id"):
+        raise InputError(
+            "weight: an empty ZeRO-3 shard; gather it (deepspeed.zero.GatheredParameters) or call "
+            "the op inside the model's forward"
+        )
+    return weight

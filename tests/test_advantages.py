@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from fastgrpo import advantages as fa
-from fastgrpo import perturb
 from fastgrpo.errors import InputError
+from fastgrpo.images import perturb
 
 
 def test_schedule_steps_boundaries_are_inclusive():

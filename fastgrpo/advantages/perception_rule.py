@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fastgrpo.advantages.schedule import Schedule
 from fastgrpo.errors import InputError
-from fastgrpo.perturb import PERTURBATIONS
+from fastgrpo.images.perturb import PERTURBATIONS
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from fastgrpo.data.images import MAX_PIXELS
+from fastgrpo.images import MAX_PIXELS
 
 
 def _option(default, help: str):

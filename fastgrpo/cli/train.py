@@ -20,9 +20,8 @@ from fastgrpo.cli.checkpoints import fault_of, newest_complete
 from fastgrpo.cli.config import FastGRPOConfig
 from fastgrpo.data import load_vlm_r1, split_validation
 from fastgrpo.errors import InputError
-from fastgrpo.integrations.trl import FastGRPOTrainer, FastOptions
+from fastgrpo.integrations.trl import FastGRPOTrainer, FastOptions, record
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.report import record
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import orjson
 from PIL import Image
 
-from fastgrpo.data.images import MAX_PIXELS, ImageFault, check_header, load_image, resolve_inside
 from fastgrpo.data.quarantine import Quarantine, SetAside
 from fastgrpo.errors import InputError
+from fastgrpo.images import MAX_PIXELS, ImageFault, image_size, load_image
+from fastgrpo.images.read import resolve_inside
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ def _image_paths(row: dict, folder: Path, verify: str, max_pixels: int) -> list[
     paths = [resolve_inside(folder, name) for name in names]
     for path in paths:
         if verify == "header":
-            check_header(path, max_pixels)
+            image_size(path, max_pixels)
         elif verify == "decode":
             load_image(path, max_pixels)
     return [str(path) for path in paths]

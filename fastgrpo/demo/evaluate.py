@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -22,6 +21,7 @@ from transformers import (
 
 from fastgrpo import rewards
 from fastgrpo.demo.data import IMAGE_MARK, user_turn
+from fastgrpo.images import load_image
 
 MAX_NEW_TOKENS = 24
 BATCH_SIZE = 256
@@ -45,14 +45,13 @@ def read_jsonl(path: Path) -> list[dict]:
     for line in path.read_text().splitlines():
         row = json.loads(line)
         question, box = (turn["value"] for turn in row["conversations"])
-        with Image.open(path.parent / "images" / row["image"]) as image:
-            rows.append(
-                {
-                    "image": image.convert("RGB"),
-                    "question": question.removeprefix(IMAGE_MARK),
-                    "box": json.loads(box),
-                }
-            )
+        rows.append(
+            {
+                "image": load_image(path.parent / "images" / row["image"]),
+                "question": question.removeprefix(IMAGE_MARK),
+                "box": json.loads(box),
+            }
+        )
     return rows
 
 

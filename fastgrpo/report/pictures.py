@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
+from fastgrpo.images import ImageFault, load_image
 from fastgrpo.rewards.text import answer, pattern
 
 TRUTH, PREDICTED = "#1f9d55", "#e8590c"
 SIDE = 160  # of a thumbnail, in pixels
 MAX_BOXES, MAX_CHARS = 50, 100_000
-_NUMBER = r"([-+]?[0-9]{1,6}(?:\.[0-9]{0,6})?)"
+_NUMBER = r"([-+]?[0-9]{1,6}(?:\.[0-9]{0,20})?(?:[eE][-+]?[0-9]{1,2})?)"
 _BOX = r"\[\s*" + r"\s*,\s*".join([_NUMBER] * 4) + r"\s*\]"
 
 
@@ -34,9 +34,8 @@ def boxes_of(value: Any) -> list[list[float]]:
 def thumbnail(path: str, truth: list[list[float]], predicted: list[list[float]]) -> bytes | None:
     """PNG bytes with both kinds of box, or None when the image cannot be opened."""
     try:
-        with Image.open(Path(path)) as opened:
-            image = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError):
+        image = load_image(path)
+    except ImageFault:
         return None
     scale = SIDE / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)

@@ -107,9 +107,11 @@ def _missing(run: Run, state: Path | None):
     elif "image_path" not in run.completions[0]:
         yield (
             "The completions name no image (TRL does not store them), so none is drawn: call "
-            "fastgrpo.report.record(trainer) before training on rows with an image_path."
+            "fastgrpo.integrations.trl.record(trainer) before training on rows with an image_path."
         )
     if run.held_out is None:
         yield f"No {HELD_OUT_FILE}, so no held-out figures before and after."
     if run.history and not any(key.startswith("time/") for key in run.history[-1]):
-        yield "No step times by part: call fastgrpo.report.record(trainer) before training."
+        yield (
+            "No step times by part: call fastgrpo.integrations.trl.record(trainer) before training."
+        )

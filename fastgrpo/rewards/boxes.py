@@ -24,7 +24,7 @@ MAX_BRACKETS, MAX_BOX_CHARS = 4096, 128
 
 
 def first_box(text: str) -> list[float] | None:
-    """The first `[a, b, c, d]` of plain decimal numbers, in time linear in the text."""
+    """The first `[a, b, c, d]` of finite decimal numbers ("1e-05" is one), in linear time."""
     position = 0
     for _ in range(MAX_BRACKETS):
         closed = text.find("]", position)
@@ -41,12 +41,13 @@ def first_box(text: str) -> list[float] | None:
 
 def _decimals(inner: str) -> list[float] | None:
     parts = inner.split(",")
-    if len(parts) != 4 or inner.strip("0123456789.+-, \t\r\n"):
+    if len(parts) != 4 or inner.strip("0123456789.+-eE, \t\r\n"):
         return None
     try:
-        return [float(part) for part in parts]
+        box = [float(part) for part in parts]
     except ValueError:
         return None
+    return box if all(map(math.isfinite, box)) else None
 
 
 def iou_continuous(a, b) -> float:

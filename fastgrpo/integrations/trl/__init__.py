@@ -1,4 +1,5 @@
 """A drop-in for TRL's GRPOTrainer, trl 1.16."""
 
 from fastgrpo.integrations.trl.guard import RewardGuard
+from fastgrpo.integrations.trl.recorder import record
 from fastgrpo.integrations.trl.trainer import FastGRPOTrainer, FastOptions, accelerate

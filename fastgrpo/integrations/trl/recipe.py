@@ -20,9 +20,9 @@ from fastgrpo.advantages import (
 from fastgrpo.advantages.perception_rule import PerceptionRule
 from fastgrpo.advantages.rule import AdvantageRule
 from fastgrpo.errors import InputError
+from fastgrpo.images.perturb import perturb
 from fastgrpo.integrations.trl.trainer import FastGRPOTrainer
 from fastgrpo.ops.token_kl import token_kl
-from fastgrpo.perturb import perturb
 
 PERTURBED = "perturbed_per_token_logps"
 

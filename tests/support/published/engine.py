@@ -8,10 +8,10 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo import advantages as fa
+from fastgrpo.images.perturb import blacken_patches
 from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops.grpo_loss import grpo_loss
 from fastgrpo.ops.token_kl import token_kl
-from fastgrpo.perturb import blacken_patches
 
 OBJECTIVE_ADAPTERS = {}
 _ESTIMATOR = {"kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3"}

@@ -1,0 +1,3 @@
+"""Images wherever they come from: one reader, one size, and the perturbations that keep it."""
+
+from fastgrpo.images.read import MAX_PIXELS, ImageFault, image_size, load_image

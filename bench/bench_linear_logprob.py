@@ -34,9 +34,6 @@ def variants(case: Case, mode: str) -> dict[str, Callable[[], object]]:
     found = {"fastgrpo": run(lambda: fg.linear_logprob(*head).logp)}
     if mode == "trainable head":
         found["fastgrpo keep"] = run(lambda: fg.linear_logprob(*head, workspace_mb=1e6).logp)
-        found["fastgrpo recompute"] = run(
-            lambda: fg.linear_logprob(*head, workspace_mb=64.0).logp  # too little to keep them
-        )
     entropy = ("logp", "entropy")
     found["fastgrpo with entropy"] = run(
         lambda: fg.linear_logprob(*head, outputs=entropy, entropy_grad=False).logp

@@ -65,9 +65,7 @@ def median_ms(
     """Median milliseconds of each variant; on CPU the variants take turns, after one warm-up each,
     so that a slow moment of the machine does not fall on one of them."""
     if device == "cuda":
-        from triton.testing import do_bench
-
-        return {name: do_bench(run, return_mode="median") for name, run in variants.items()}
+        return {name: _median_on_gpu(run, repeats) for name, run in variants.items()}
     for run in variants.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -77,6 +75,16 @@ def median_ms(
             run()
             times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _median_on_gpu(run: Callable[[], object], repeats: int) -> float:
+    """The median of at least max(repeats, 20) calls, and of 100 ms of them: do_bench alone takes
+    as many as fit its milliseconds, two of a call of 45 ms."""
+    from triton.testing import do_bench
+
+    estimate = do_bench(run, warmup=1, rep=1)
+    rep = max(100, int(max(repeats, 20) * estimate * 1.1))
+    return do_bench(run, warmup=25, rep=rep, return_mode="median")
 
 
 def peak_mib(run: Callable[[], object], device: str) -> float | None:

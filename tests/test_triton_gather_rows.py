@@ -28,8 +28,8 @@ def value_and_grad(f, x, index, impl):
 
 @pytest.mark.parametrize("f", [gather_rows, sum_rows])
 @pytest.mark.parametrize(
-    "columns", [(1,), (3, 5), (1023,), (1025,)], ids=str
-)  # one, odd, a block of 1024 columns minus and plus one
+    "columns", [(1,), (3, 5), (8,), (320,), (1023,), (1025,), (2048,)], ids=str
+)  # one, odd, several rows a tile, a widest tile of 1024 columns minus and plus one, two
 def test_triton_equals_the_definition(f, columns):
     x = torch.randn(ROWS if f is gather_rows else len(INDEX), *columns)
     index = row_index(INDEX, ROWS)

@@ -64,10 +64,35 @@ def test_group_advantages_large_offset_keeps_precision():
     check(10000.0 + torch.rand(64), 16)
 
 
-def test_group_advantages_is_a_registered_op():
-    args = (torch.randn(6), torch.tensor([4, 2]), "batch", "leave_one_out", 1e-4)
-    torch.library.opcheck(torch.ops.fastgrpo.group_advantages_triton.default, args)
+@pytest.mark.parametrize("scale_rewards", ["group", "none"])
+def test_group_advantages_unread_infinities_poison_their_group(scale_rewards):
+    rewards = torch.randn(12)
+    rewards[5], rewards[6] = torch.inf, torch.nan
+    ours = group_advantages(rewards, 4, impl="triton", validate=False, scale_rewards=scale_rewards)
+    assert ours[[4, 5, 7]].isnan().all() and ours[6] == 0
+    want = group_advantages(rewards[:4], 4, scale_rewards=scale_rewards)
+    torch.testing.assert_close(ours[:4], want)
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [4, 9], [5, -1, 5]])
+def test_group_advantages_unread_sizes_that_do_not_fit_are_nan_everywhere(sizes):
+    rewards = torch.randn(9)
+    assert kernel(rewards, torch.tensor(sizes)).isnan().all()
     torch.testing.assert_close(
-        kernel(*args),
-        group_advantages(args[0], args[1], scale_rewards="batch", baseline="leave_one_out"),
+        kernel(rewards, torch.tensor([4, 5])), kernel(rewards, torch.tensor([4, 5]), 5)
     )
+
+
+def test_group_advantages_repeat_bitwise_and_groups_do_not_mix():
+    rewards = torch.randn(40)
+    first = group_advantages(rewards, 8, impl="triton")
+    other = rewards.clone()
+    other[8:16] = 7.0
+    assert torch.equal(first, group_advantages(rewards, 8, impl="triton"))
+    assert torch.equal(first[:8], group_advantages(other, 8, impl="triton")[:8])
+
+
+def test_group_advantages_is_a_registered_op():
+    op = torch.ops.fastgrpo.group_advantages_triton.default
+    for sizes in ((torch.tensor([4, 2]), 0, 4), (torch.tensor([4, 2]), 0, None), (None, 3, 3)):
+        torch.library.opcheck(op, (torch.randn(6), *sizes, "batch", "leave_one_out", 1e-4))

@@ -4,6 +4,7 @@ The launchers run for real up to the launch, which is recorded in place of a GPU
 """
 
 import os
+import re
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from fastgrpo_kernels import aot
 from fastgrpo_kernels.box_iou import pairwise_box_iou
+from fastgrpo_kernels.gather_rows import gather_rows_op, sum_rows_op
 from fastgrpo_kernels.group_advantages import group_advantages
 from fastgrpo_kernels.grpo_loss import grpo_terms
 from fastgrpo_kernels.linear_kl import kl_of_logits, logit_gradients_
@@ -46,8 +49,8 @@ def test_offset_exp_compiles_once(keys, dtype):
     for C, scale, softcap, temperature in ((1, 1.0, 30.0, 1.0), (16, 0.5, 1.0, 0.7), (7, 2, 8, 2)):
         offset_exp(
             torch.zeros(C, 64),
-            torch.zeros(C, dtype=torch.long),
-            inv_temperature=torch.full((C,), float(temperature)),
+            torch.zeros(C + 1, dtype=torch.long)[C % 2 :][:C],  # a slice may start anywhere
+            inv_temperature=torch.full((C + 1,), float(temperature))[C % 2 :][:C],
             logit_scale=scale,
             softcap=softcap,
             exp_dtype=dtype,
@@ -75,7 +78,8 @@ def test_grpo_loss_compiles_once(keys, level):
 
 def test_token_kl_compiles_once(keys):
     for N, clamp, limit in ((1, 20.0, None), (16, 1, 10), (4097, 3.5, 1.0)):
-        token_kl(torch.zeros(N), torch.zeros(N), "k3", clamp, limit)
+        streams = torch.zeros(2, N + 1)[:, N % 2 :][:, :N]
+        token_kl(*streams, "k3", clamp, limit)
     assert len(keys) == 1
 
 
@@ -83,21 +87,51 @@ def test_linear_kl_compiles_once(keys):
     for C in (1, 16, 33):
         z = torch.zeros(C, 48)
         kl_of_logits(z, z.clone())
-        logit_gradients_(z, z.clone(), torch.zeros(C), torch.zeros(C))
+        logit_gradients_(z, z.clone(), *torch.zeros(2, C + 1)[:, C % 2 :][:, :C])
     assert len(keys) == 2
 
 
 def test_group_advantages_compiles_once_per_tile_width(keys):
-    for sizes, eps in (([3], 1e-4), ([1] * 16, 1), ([64, 2], 0.5), ([0, 5], 1e-6)):
-        group_advantages(torch.zeros(sum(sizes)), torch.tensor(sizes), eps=eps)
+    for sizes, eps in (([3], 1e-4), ([4] * 16, 1), ([4, 2], 0.5), ([0, 3], 1e-6)):
+        rewards = torch.zeros(sum(sizes) + 1)[len(sizes) % 2 :][: sum(sizes)]
+        group_advantages(rewards, torch.tensor(sizes), max(sizes), eps=eps)
     assert len(keys) == 1
-    group_advantages(torch.zeros(300), torch.tensor([300]))
+    for B in (8, 16, 40):
+        group_advantages(torch.zeros(B), 8)
+    assert len(keys) == 2
+    group_advantages(torch.zeros(300), 300)
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("columns", [512, 80, 7])
+def test_gather_rows_compiles_once_per_width(keys, columns):
+    for N, M, offset in ((3, 1, 0), (16, 64, 1), (5, 33, 4)):
+        x = torch.zeros(N * columns + 8)[offset:][: N * columns].view(N, columns)
+        index = torch.zeros(M + 1, dtype=torch.long)[M % 2 :][:M]
+        first = torch.full((N + 1,), M)
+        gather_rows_op(x, index, index, first)
+        sum_rows_op(torch.zeros(M, columns), index, index, first)
     assert len(keys) == 2
 
 
 def test_pairwise_box_iou_compiles_once_per_tile_width(keys):
-    for n, m in ((9, 1), (16, 33), (100, 20)):
+    for n, m in ((9, 1), (16, 33), (100, 20)):  # tables of one more, so of both alignments
         a, b = torch.rand(n, 4).requires_grad_(), torch.rand(m, 4).requires_grad_()
-        value = pairwise_box_iou(a, b, [n], [m], kind="giou", convention="continuous")
+        sizes = ([n], [m]) if n % 2 else ([n, 0], [m, 0])
+        value = pairwise_box_iou(a, b, *sizes, kind="giou", convention="continuous")
         value.sum().backward()
     assert len(keys) == 3  # values, and the gradients of either side
+
+
+@pytest.mark.parametrize("stem", ["offset_exp", "linear_kl"])
+def test_every_variant_sums_a_row_over_one_layout(stem):
+    """A tree of additions follows the layout of its lanes, and that the dtypes of the memory they
+    come from: bfloat16 exponentials gave threads eight columns, float32 ones four."""
+    layouts = set()
+    for spec in aot.collect("sm_90", (stem,)):
+        text = aot.compile_spec(spec, "sm_90").asm["ttgir"]
+        blocked = dict(re.findall(r"(#\w+) = #ttg.blocked<\{([^}]*)\}", text))
+        reduced = re.findall(r"\}\) : \(tensor<\d+xf32, (#\w+)>", text)
+        assert reduced
+        layouts |= {blocked[name] for name in reduced}
+    assert len(layouts) == 1, layouts

@@ -18,6 +18,7 @@ def group_advantages(
     baseline: str = "mean",
     eps: float = 1e-4,
     impl: str | None = None,
+    validate: bool | None = None,
 ) -> torch.Tensor:
     """Advantages of completions relative to their group.
 
@@ -28,8 +29,11 @@ def group_advantages(
 
     Args:
         rewards: (B,) floating, groups one after another. NaN (None in a list) means not scored:
-            left out of every statistic, advantage exactly 0. inf: InputError naming the row.
-        group_sizes: completions per group, an int or (P,) ragged (0 allowed).
+            left out of every statistic, advantage exactly 0. inf: InputError naming the row on CPU
+            or with validate=True; on CUDA, where nothing is read back, its group is NaN.
+        group_sizes: completions per group, an int or (P,) ragged (0 allowed). Sizes that do not
+            add up to B: InputError; if they lie on CUDA, every advantage is NaN (InputError with
+            validate=True).
         impl: "reference" or "triton".
 
     Returns (B,) float32 (float64 from float64). Equal rewards, a group of one and a lone scored
@@ -43,34 +47,53 @@ def group_advantages(
     check_choice("scale_rewards", scale_rewards, ("group", "batch", "none"))
     check_choice("baseline", baseline, ("mean", "leave_one_out"))
     rewards = rewards.detach()
-    infinite = rewards.isinf()
-    if bool(infinite.any()):
-        row = int(infinite.nonzero()[0, 0])
-        raise InputError(f"rewards: row {row} is {float(rewards[row])}, expected finite or NaN")
-    sizes = _sizes(group_sizes, len(rewards), rewards.device)
-    if select("group_advantages", rewards.device, impl) == "triton":
+    chosen = select("group_advantages", rewards.device, impl)
+    if validate is None and (chosen == "reference" or rewards.device.type == "cpu"):
+        validate = True
+    if validate:
+        _check_finite(rewards)
+    sizes = _sizes(group_sizes, len(rewards), validate)
+    if chosen == "triton":
         from fastgrpo_kernels.group_advantages import group_advantages as kernel
 
-        return kernel(rewards, sizes, scale_rewards, baseline, eps)
+        if isinstance(sizes, int):
+            return kernel(rewards, sizes, sizes, scale_rewards, baseline, eps)
+        largest = int(sizes.max()) if _readable(sizes, validate) and len(sizes) else None
+        return kernel(rewards, sizes.to(rewards.device), largest, scale_rewards, baseline, eps)
+    if isinstance(sizes, int):
+        sizes = torch.full((len(rewards) // sizes,), sizes)
+    sizes = sizes.to(rewards.device)
     ids = torch.arange(len(sizes), device=rewards.device)
     group_ids = torch.repeat_interleave(ids, sizes, output_size=len(rewards))
     out = reference(rewards, group_ids, len(sizes), scale_rewards, baseline, eps)
     return out.to(torch.promote_types(rewards.dtype, torch.float32))
 
 
+def _readable(sizes: torch.Tensor, validate: bool | None) -> bool:
+    """Whether the sizes may be looked at: on the GPU that waits for it."""
+    return bool(validate) or (validate is None and sizes.device.type == "cpu")
+
+
+def _check_finite(rewards: torch.Tensor) -> None:
+    infinite = rewards.isinf()
+    if bool(infinite.any()):
+        row = int(infinite.nonzero()[0, 0])
+        raise InputError(f"rewards: row {row} is {float(rewards[row])}, expected finite or NaN")
+
+
 def _sizes(
-    group_sizes: int | Sequence[int] | torch.Tensor, B: int, device: torch.device
-) -> torch.Tensor:
-    """(P,) int64 group sizes that add up to B."""
+    group_sizes: int | Sequence[int] | torch.Tensor, B: int, validate: bool | None
+) -> int | torch.Tensor:
+    """The group sizes, an int or (P,) int64 on the device they came on, that add up to B."""
     if isinstance(group_sizes, int):
         if group_sizes < 1 or B % group_sizes:
             raise InputError(f"group_sizes: expected a divisor of B={B}, got {group_sizes}")
-        return torch.full((B // group_sizes,), group_sizes, device=device)
-    sizes = torch.as_tensor(group_sizes, device=device)
+        return group_sizes
+    sizes = torch.as_tensor(group_sizes)
     integers = not sizes.is_floating_point() and sizes.dtype != torch.bool
     if sizes.dim() != 1 or (len(sizes) and not integers):
         raise InputError(f"group_sizes: expected an int or (P,) integers, got {group_sizes!r}")
-    if bool((sizes < 0).any()) or int(sizes.sum()) != B:
+    if _readable(sizes, validate) and (bool((sizes < 0).any()) or int(sizes.sum()) != B):
         raise InputError(
             f"group_sizes: expected sizes >= 0 that add up to B={B}, got a sum of "
             f"{int(sizes.sum())} and a minimum of {int(sizes.min()) if len(sizes) else None}"

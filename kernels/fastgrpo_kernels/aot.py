@@ -99,7 +99,8 @@ def collect(arch: str, modules: tuple[str, ...] = MODULES) -> list[KernelSpec]:
 def compile_spec(spec: KernelSpec, arch: str) -> Any:
     """Compile one spec for an architecture such as "sm_90"; returns Triton's compiled kernel.
 
-    Pointers are taken as 16-byte aligned, as torch's allocations are.
+    Pointers are taken as 16-byte aligned, as torch's allocations are, unless the kernel forbids the
+    launcher to look (`do_not_specialize_on_alignment`).
     """
     kernel = jit_function(spec.kernel)
     missing = set(kernel.arg_names) - set(spec.signature) - set(spec.constexprs)
@@ -107,8 +108,9 @@ def compile_spec(spec: KernelSpec, arch: str) -> Any:
     types = {name: spec.signature.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(types.values())
+        for i, (kind, param) in enumerate(zip(types.values(), kernel.params, strict=True))
         if isinstance(kind, str) and (kind.startswith("*") or kind.endswith(":16"))
+        if not (param.do_not_specialize or param.do_not_specialize_on_alignment)
     }
     signature = {
         name: kind.removesuffix(":16") if isinstance(kind, str) else kind

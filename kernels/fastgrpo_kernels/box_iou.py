@@ -197,7 +197,14 @@ def _overlap_grad(
     )
 
 
-@triton.jit
+# Rows of one table and slices of the caller's: their alignment must not choose a variant.
+_UNALIGNED = [
+    *("a_ptr", "b_ptr", "dvalues_ptr", "tile_sample_ptr", "first_tile_ptr"),
+    *("a_offset_ptr", "b_offset_ptr", "value_offset_ptr"),
+]
+
+
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
 def _pairwise_kernel(
     a_ptr,
     b_ptr,
@@ -231,7 +238,7 @@ def _pairwise_kernel(
     tl.store(values_ptr + out, value, mask=in_a & in_b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
 def _pairwise_grad_kernel(
     a_ptr,
     b_ptr,

@@ -52,7 +52,10 @@ def _transform(z, bias, logit_scale, softcap, SOFTCAP: tl.constexpr):
     return z
 
 
-@triton.jit
+# Per-row arguments are slices of longer tensors: their alignment must not choose a variant.
+@triton.jit(
+    do_not_specialize_on_alignment=["targets_ptr", "inv_temperature_ptr", "given_target_logit_ptr"]
+)
 def _offset_exp_kernel(
     logits_ptr,
     exps_ptr,
@@ -96,7 +99,8 @@ def _offset_exp_kernel(
     sums = tl.zeros((BLOCK,), tl.float32)
     moments = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
-        j = start + columns
+        # Four columns per thread whatever the dtypes, so that every variant adds in one order.
+        j = tl.max_contiguous(start + columns, 4)
         inside = j < V
         z = tl.load(logits_ptr + j, mask=inside, other=float("-inf"))
         b = 0.0

@@ -54,7 +54,7 @@ def kl_estimate(x, value_clamp, ESTIMATOR: tl.constexpr, PLUS: tl.constexpr):
     return clamp(value, -value_clamp, value_clamp), slope
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["logp_ptr", "ref_ptr"])
 def _token_kl_kernel(
     logp_ptr,
     ref_ptr,

@@ -18,7 +18,13 @@ from fastgrpo_kernels.aot import KernelSpec
 BLOCK, NUM_WARPS = 2048, 4
 
 
-@triton.jit
+# Per-row arguments are slices of longer tensors: their alignment must not choose a variant.
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        *("targets_ptr", "g_ptr", "h_ptr", "c_ptr"),
+        *("temperature_ptr", "middle_ptr", "at_target_ptr"),
+    ]
+)
 def _weigh_exps_kernel(
     exps_ptr,
     targets_ptr,

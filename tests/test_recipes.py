@@ -19,7 +19,7 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from fastgrpo import recipes
 from fastgrpo.cli.config import FastGRPOConfig
 from fastgrpo.errors import InputError
-from fastgrpo.integrations.trl.recipe import RecipeTrainer
+from fastgrpo.integrations.trl import FastGRPOTrainer
 from fastgrpo.recipes.rewards import _fill, build_reward
 from fastgrpo.testing import models, processors
 
@@ -76,7 +76,7 @@ def environment(judge, folders, monkeypatch):
     monkeypatch.setenv("FASTGRPO_REWARD_MODEL", str(folders[1]))
 
 
-class Scripted(RecipeTrainer):
+class Scripted(FastGRPOTrainer):
     """Rewards see the recipe's example completions; the tokens trained on are the sampled ones."""
 
     texts: tuple[str, ...] = ()
@@ -212,7 +212,7 @@ def test_train_command_takes_a_recipe(folders, tmp_path):
         )
     )
     trainer = build_trainer(*parse(["--config", str(config), "--epsilon_high", "0.4"]))
-    assert isinstance(trainer, RecipeTrainer)
+    assert isinstance(trainer, FastGRPOTrainer)
     assert trainer.perception.kl_coef(0, 1) == 0.02 and trainer.args.num_generations == 5
     assert trainer.beta == 0.02 and trainer.epsilon_high == 0.4  # the user's words win
     assert trainer.reward_weights.tolist() == pytest.approx([0.9, 0.1])

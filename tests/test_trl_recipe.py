@@ -1,4 +1,6 @@
-"""The recipe trainer: advantage rules, perception terms, rewards that work ahead."""
+"""What a recipe asks of the trainer: advantage rules, perception terms, rewards that work ahead."""
+
+import io
 
 import numpy as np
 import pytest
@@ -11,9 +13,12 @@ from fastgrpo import advantages as fa
 from fastgrpo.advantages.perception_rule import PerceptionRule
 from fastgrpo.advantages.rule import AdvantageRule, GroupFilter
 from fastgrpo.errors import InputError
-from fastgrpo.integrations.trl.recipe import PERTURBED, RecipeTrainer
+from fastgrpo.integrations.trl import FastGRPOTrainer
+from fastgrpo.integrations.trl.perception import PERTURBED
+from fastgrpo.judges import CoTrainedReward
 from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops.grpo_loss import grpo_loss
+from fastgrpo.rewards.compose import Running
 from fastgrpo.testing import models, processors
 
 
@@ -52,7 +57,7 @@ def make(folder, tmp_path, data=None, reward=length_reward, rule=None, perceptio
         top_k=0, disable_tqdm=True, gradient_checkpointing=False, bf16=False, learning_rate=1e-3,
         model_init_kwargs={"dtype": "float32"}, logging_steps=1, save_strategy="no",
     )  # fmt: skip
-    return RecipeTrainer(
+    return FastGRPOTrainer(
         model=str(folder),
         reward_funcs=[reward],
         args=GRPOConfig(**(settings | options)),
@@ -228,6 +233,90 @@ def test_rewards_may_work_ahead_and_are_bound_once(folder, tmp_path):
     assert kinds == ["bind", "prefetch", "call"]
     assert calls[0][1] is trainer and calls[1][1] == calls[2][1]
     assert len(set(calls[1][2])) == 2
+
+
+def test_a_perturbation_is_one_per_prompt_on_every_process(folder, tmp_path, monkeypatch):
+    rule = PerceptionRule(kl_coef=0.1)
+    trainer = make(folder, tmp_path, perception=rule)
+    inputs = prepared(trainer)
+    seeds = []
+
+    def spy(image, kind, *, seed, **options):
+        seeds.append(seed)
+        return image
+
+    monkeypatch.setattr("fastgrpo.integrations.trl.perception.perturb", spy)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(type(trainer.accelerator), "process_index", rank)
+        for step in (0, 1):
+            trainer.state.global_step = step
+            trainer._perturbed_pixels(trainer._batch_rows, inputs)
+    assert len(seeds) == 4 * 8 and len(set(seeds)) == 4 * 2
+    assert all(len(set(seeds[i : i + 4])) == 1 for i in range(0, len(seeds), 4))
+
+
+class Learns:
+    """A reward that keeps a tensor and a number, inside a composite."""
+
+    __name__ = "learns"
+
+    def __init__(self):
+        self.seen, self.weight = 0, torch.zeros(2)
+
+    def __call__(self, prompts, completions, **columns):
+        self.seen += len(completions)
+        self.weight += 1.0
+        return [float(i + self.seen) for i in range(len(completions))]
+
+    def state_dict(self):
+        return {"seen": self.seen, "weight": self.weight}
+
+    def load_state_dict(self, state):
+        self.seen, self.weight = state["seen"], state["weight"]
+
+
+def test_what_rewards_keep_travels_in_checkpoints(folder, tmp_path):
+    options = dict(save_strategy="steps", save_steps=1, max_steps=2)
+    first = make(folder, tmp_path, reward=Running(Learns(), "meanstd"), **options)
+    first.train()
+    again = Running(Learns(), "meanstd")
+    second = make(folder, tmp_path, reward=again, **(options | {"max_steps": 3}))
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.parts[0].seen == 24 and again.parts[0].weight.tolist() == [3.0, 3.0]
+    assert again.shaper.count == 24
+
+    (tmp_path / "checkpoint-2" / "reward_state_0.pt").unlink()
+    third = make(folder, tmp_path, reward=Running(Learns(), "meanstd"), **options)
+    with pytest.raises(InputError, match="reward_state_0.pt is missing"):
+        third.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_co_trained_reward_model_resumes_with_its_optimizer():
+    def made():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+        def scores(texts):
+            features = [[len(t), t.count("a"), t.count("b")] for t in texts]
+            return model(torch.tensor(features, dtype=torch.float32))[:, 0]
+
+        def rule(prompts, completions, **columns):
+            return [float("a" in c) for c in completions]
+
+        return CoTrainedReward(scores, rule, optimizer, group_size=2)
+
+    batches = [["a", "bb"], ["aab", "b"], ["b", "ba"]]
+    whole, cut = made(), made()
+    expected = [whole([""] * 2, batch) for batch in batches]
+    assert cut([""] * 2, batches[0]) == expected[0]
+    buffer = io.BytesIO()
+    torch.save(cut.state_dict(), buffer)
+    buffer.seek(0)
+    resumed = made()
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    assert [resumed([""] * 2, batch) for batch in batches[1:]] == expected[1:]
 
 
 def test_training_with_all_terms_changes_the_weights(folder, tmp_path):

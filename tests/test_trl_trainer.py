@@ -12,6 +12,7 @@ from transformers import TrainerCallback  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 
 from fastgrpo import InputError  # noqa: E402
+from fastgrpo.advantages.rule import AdvantageRule  # noqa: E402
 from fastgrpo.integrations.trl import FastGRPOTrainer, FastOptions, accelerate  # noqa: E402
 from fastgrpo.testing.models import IMAGE_ID, VIDEO_ID  # noqa: E402
 from fastgrpo.testing.trl import (  # noqa: E402
@@ -297,13 +298,19 @@ def test_unequal_groups_keep_their_advantages(checkpoint, tmp_path):
     assert advantages[4] < -1 < 1 < advantages[5]
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "cispo", "sapo", "vespo"])
-def test_groups_without_gradient_are_scored_without_backward(checkpoint, tmp_path, loss_type):
+@pytest.mark.parametrize("rule", [None, AdvantageRule()], ids=["trl", "rule"])
+@pytest.mark.parametrize("loss_type", ["grpo", "vespo"])
+def test_groups_without_gradient_are_scored_without_backward(checkpoint, tmp_path, loss_type, rule):
     def first_group_equal(completions, **columns):
         return [0.5] * 4 + distinct_characters(completions)[4:]
 
     options = dict(
-        max_steps=3, beta=0.0, rows=IMAGES, reward=first_group_equal, loss_type=loss_type
+        max_steps=3,
+        beta=0.0,
+        rows=IMAGES,
+        reward=first_group_equal,
+        loss_type=loss_type,
+        rule=rule,
     )
     runs = [
         build_trainer(

@@ -80,14 +80,13 @@ def parse(arguments: list[str] | None = None) -> tuple[FastGRPOConfig, ModelConf
 def build_trainer(config: FastGRPOConfig, model_config: ModelConfig) -> FastGRPOTrainer:
     """The trainer with its model, data and rewards, ready to train."""
     train, validation = load_data(config)
-    trainer_class, settings = _trainer_settings(config)
     config.model_init_kwargs = {
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,
         "dtype": model_config.dtype or "float32",
     } | (config.model_init_kwargs or {})
     options = {option.name: getattr(config, option.name) for option in fields(FastOptions)}
-    trainer = trainer_class(
+    trainer = FastGRPOTrainer(
         model=model_config.model_name_or_path,
         args=config,
         train_dataset=train,
@@ -96,7 +95,7 @@ def build_trainer(config: FastGRPOConfig, model_config: ModelConfig) -> FastGRPO
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
         fast=options,
-        **settings,
+        **_reward_settings(config),
     )
     if config.freeze_vision:
         _vision_tower(trainer.model).requires_grad_(False)
@@ -115,18 +114,17 @@ def _recipe_name(arguments: list[str] | None) -> str | None:
     return given.recipe
 
 
-def _trainer_settings(config: FastGRPOConfig) -> tuple[type[FastGRPOTrainer], dict]:
-    """The trainer class and its rewards: those named, or a recipe's with its rules."""
+def _reward_settings(config: FastGRPOConfig) -> dict:
+    """The trainer's rewards: those named, or a recipe's with its rules."""
     if config.recipe is None:
         functions = [find_reward(name, config.reward_compat) for name in config.reward_funcs]
-        return FastGRPOTrainer, {"reward_funcs": functions}
-    from fastgrpo.integrations.trl.recipe import RecipeTrainer
+        return {"reward_funcs": functions}
     from fastgrpo.recipes.rewards import build_reward
 
     recipe = recipes.load(config.recipe)
     if config.reward_weights is None:
         config.reward_weights = recipe.weights
-    return RecipeTrainer, {
+    return {
         "reward_funcs": [
             build_reward(spec, group_size=config.num_generations) for spec in recipe.rewards
         ],

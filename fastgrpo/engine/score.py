@@ -37,6 +37,7 @@ def score(
     backend: str | None = None,
     self_check: bool = True,
     placeholders: str = "refuse",
+    entropy_grad: bool = True,
 ) -> list[GroupScores]:
     """Log-probs of every completion under `model`, each prompt and its images encoded once.
 
@@ -51,6 +52,7 @@ def score(
     `self_check`: compare with the plain forward on one group the first time a model is used.
     `placeholders`: what to do with an image placeholder inside a completion: "refuse" raises,
     "neutralize" feeds another token in its place and leaves it out of the loss (logp 0).
+    `entropy_grad`: False makes `.entropy` a constant, which saves its part of backward.
 
     Raises `InputError` naming the sample, or the reason why the model is not served.
     """
@@ -65,7 +67,7 @@ def score(
     ]
     store = feature_store(rows, detach=False)
     for row in rows:
-        columns = score_row(adapter, row, temperature, outputs, store)
+        columns = score_row(adapter, row, temperature, outputs, store, entropy_grad)
         for column, field in zip(columns, ("logp", "entropy"), strict=False):
             for (g, c), value in zip(row.members, column.split(row.lengths), strict=True):
                 getattr(results[g], field)[c] = value
@@ -115,12 +117,19 @@ def score_row(
     temperature: float,
     outputs: tuple[str, ...],
     store: FeatureStore,
+    entropy_grad: bool = True,
 ) -> tuple[Tensor, ...]:
     """(N,) log-probs of a row's targets, then entropies if asked for."""
 
     def head(hidden, weight, bias):
         out = linear_logprob(
-            hidden, weight, row.targets, bias=bias, temperature=temperature, outputs=outputs
+            hidden,
+            weight,
+            row.targets,
+            bias=bias,
+            temperature=temperature,
+            outputs=outputs,
+            entropy_grad=entropy_grad,
         )
         columns = [out.logp] if out.entropy is None else [out.logp, out.entropy]
         return torch.stack(columns, -1)

@@ -117,7 +117,28 @@ class ModelReward:
         return rewards
 
 
-class CoTrainedReward:
+class _Learner:
+    """A reward whose model learns by `_optimizer`; both travel in checkpoints."""
+
+    _optimizer: torch.optim.Optimizer
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parameters in the optimizer's order, and the optimizer's own state."""
+        parameters = [p.detach() for p in self._parameters()]
+        return {"parameters": parameters, "optimizer": self._optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        for own, kept in zip(self._parameters(), state["parameters"], strict=True):
+            own.copy_(kept)
+        self._optimizer.load_state_dict(state["optimizer"])
+
+
+class CoTrainedReward(_Learner):
     """A reward model that takes one optimizer step on each batch it scores.
 
     Rewards are the model's scores *before* the step. Pairs are formed inside each prompt's group:
@@ -173,13 +194,12 @@ class CoTrainedReward:
             loss = bradley_terry_loss(*scores.split(len(pairs)))
             self._optimizer.zero_grad()
             loss.backward()
-        parameters = [p for g in self._optimizer.param_groups for p in g["params"]]
-        nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
+        nn.utils.clip_grad_norm_(self._parameters(), self._max_grad_norm)
         self._optimizer.step()
         self.losses.append(loss.item())
 
 
-class ImplicitProcessReward:
+class ImplicitProcessReward(_Learner):
     """OPRL / iStar: the reward of a turn is beta sum_t log(pi_phi / pi_ref), phi trained in loop.
 
     ``logp(model, prompts, completions) -> list of (C_i,)`` gives per-token log-probs,
@@ -234,8 +254,7 @@ class ImplicitProcessReward:
         loss = torch.stack(losses).mean()
         self._optimizer.zero_grad()
         loss.backward()
-        parameters = [p for g in self._optimizer.param_groups for p in g["params"]]
-        nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
+        nn.utils.clip_grad_norm_(self._parameters(), self._max_grad_norm)
         self._optimizer.step()
         self.losses.append(loss.item())
 

@@ -41,6 +41,14 @@ class Bound:
             raise InputError(f"{self.name}: no trainer bound")
         return self.inner(prompts=prompts, completions=completions, **columns)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the reward keeps between batches; {} if nothing."""
+        return self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned; the trainer must be bound."""
+        self.inner.load_state_dict(state)
+
 
 def encode(processor, messages: list[dict], images: Sequence = (), *, reply: str | None = None):
     """A Group of the chat so far: a prompt, or with ``reply`` the assistant's words appended."""

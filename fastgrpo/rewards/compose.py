@@ -64,6 +64,20 @@ class Composite:
             if hasattr(part, "bind"):
                 part.bind(trainer)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the parts keep between batches; {} for parts that keep nothing."""
+        kept = {
+            str(i): part.state_dict()
+            for i, part in enumerate(self.parts)
+            if hasattr(part, "state_dict")
+        }
+        return {i: state for i, state in kept.items() if state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        for i, kept in state.items():
+            self.parts[int(i)].load_state_dict(kept)
+
 
 def progress(trainer_state: Any) -> tuple[int, int]:
     """(step, total) of the run; (0, 1) outside a trainer."""
@@ -176,6 +190,16 @@ class Running(Composite):
     def __init__(self, reward: Callable, kind: str = "meanstd", name: str | None = None):
         super().__init__(name or f"{reward.__name__}_{kind}", [reward])
         self.shaper = RunningShaper(kind)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics so far, beside what the inner reward keeps."""
+        return super().state_dict() | {"shaper": self.shaper.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        inner = dict(state)
+        self.shaper.load_state_dict(inner.pop("shaper"))
+        super().load_state_dict(inner)
 
     def __call__(self, prompts, completions, **columns):
         """Shaped rewards; None where the inner reward is None."""

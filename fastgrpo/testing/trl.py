@@ -41,7 +41,8 @@ def distinct_characters(completions, **columns) -> list[float]:
 def build_trainer(cls, checkpoint: Path, output: Path, *, rows=None, reward=None, **options):
     """A trainer of class `cls` on `checkpoint`; `options` override GRPOConfig's fields.
 
-    `fast`, `peft_config`, `eval_dataset` and `callbacks` go to the constructor. Two prompts of four
+    `fast`, `rule`, `perception`, `peft_config`, `eval_dataset` and `callbacks` go to the
+    constructor. Two prompts of four
     completions per step unless told otherwise; image placeholders are never sampled.
     """
     import transformers
@@ -50,7 +51,7 @@ def build_trainer(cls, checkpoint: Path, output: Path, *, rows=None, reward=None
 
     passed = {
         key: options.pop(key)
-        for key in ("fast", "peft_config", "eval_dataset", "callbacks")
+        for key in ("fast", "rule", "perception", "peft_config", "eval_dataset", "callbacks")
         if key in options
     }
     settings = dict(

@@ -56,7 +56,11 @@ def _check_methods(trainer: GRPOTrainer, own: type) -> None:
         )
     for name in OVERRIDDEN:
         # A subclass of ours overrides on purpose; anything between us and TRL would be replaced.
-        below = [cls for cls in type(trainer).__mro__ if not issubclass(cls, own)]
+        below = [
+            cls
+            for cls in type(trainer).__mro__
+            if not (issubclass(cls, own) or cls in own.__mro__[:-1])
+        ]
         owner = next(cls for cls in below if name in vars(cls))
         function = inspect.unwrap(vars(owner)[name])
         patched = name in vars(trainer) or function.__module__ != "trl.trainer.grpo_trainer"

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
-from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict
-from trl.trainer.utils import unsplit_pixel_values_by_grid as unsplit_pixel_values
 
+from fastgrpo.advantages.perception_rule import PerceptionRule
+from fastgrpo.advantages.rule import AdvantageRule
 from fastgrpo.engine import score
 from fastgrpo.errors import InputError
-from fastgrpo.integrations.trl.guard import RewardGuard
+from fastgrpo.integrations.trl.batches import BatchMixin
+from fastgrpo.integrations.trl.perception import PERTURBED, PerceptionMixin
+from fastgrpo.integrations.trl.rewarding import RewardMixin
 from fastgrpo.integrations.trl.rollout import sample_rows
 from fastgrpo.integrations.trl.rows import (
     anchor_group,
     as_groups,
-    plan_micro_batches,
     read_rows,
     scatter,
     scorable,
@@ -30,9 +30,6 @@ from fastgrpo.integrations.trl.support import check_trainer, check_version
 from fastgrpo.integrations.trl.weights import apply_liger_layers, load_renamed
 from fastgrpo.packing import Group
 
-logger = logging.getLogger(__name__)
-
-QUARANTINE_COLUMN = "quarantine_reason"
 ONE_ROW = 2**40
 
 
@@ -66,10 +63,15 @@ class FastOptions:
     liger_kernels: bool = False
 
 
-class _FastMixin:
+class _FastMixin(PerceptionMixin, RewardMixin, BatchMixin):
     """The methods that replace TRL's; see `accelerate`."""
 
-    def _install(self, options: FastOptions) -> None:
+    def _install(
+        self,
+        options: FastOptions,
+        rule: AdvantageRule | None = None,
+        perception: PerceptionRule | None = None,
+    ) -> None:
         check_trainer(self, _FastMixin)
         if self.accelerator.num_processes > 1 and options.max_tokens is not None:
             raise InputError(
@@ -77,17 +79,9 @@ class _FastMixin:
                 "one forward per backward); set per_device_train_batch_size instead"
             )
         self.fast = options
+        self.perception = perception
         self._checked_models: set[int] = set()
-        self._rewards: Tensor | None = None
-        self._grids: list | None = None
         self._weightless: list[bool] | None = None
-        self._logged_reasons: set[str] = set()
-        self._guard = RewardGuard(options.reward_timeout)
-        if options.guard_rewards:
-            self.reward_funcs = [
-                f if isinstance(f, nn.Module) else self._guard.wrap(f, name)
-                for f, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
-            ]
         config = self.accelerator.unwrap_model(self.model).config
         ids = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
         self._placeholder_ids = tuple(i for i in ids if i is not None)
@@ -96,6 +90,7 @@ class _FastMixin:
         if self.args.ddp_broadcast_buffers is None:
             # Passes without gradient may differ between processes; DDP would wait in each.
             self.args.ddp_broadcast_buffers = False
+        self._install_rewards(rule)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -153,6 +148,7 @@ class _FastMixin:
             self._self_check(
                 model, rows, members, logps, input_ids, attention_mask, mm_token_type_ids
             )
+        self._logps = logps  # what the perception terms of this micro-batch are made of
         return logps, entropies, None
 
     def _score(self, model: nn.Module, groups: list[Group], outputs: tuple[str, ...]) -> list:
@@ -173,13 +169,14 @@ class _FastMixin:
                 outputs=outputs,
                 max_tokens=max_tokens,
                 backend=self.fast.backend,
+                entropy_grad=self._entropy_bonus_enabled,
                 self_check=False,  # check_against_trl compares more rows, with TRL's own values
                 placeholders="neutralize",
             )
 
     def _compute_loss(self, model, inputs):
         self._weightless = None
-        if self._advantages_are_the_only_weights():
+        if self._advantages_are_the_only_weights(inputs):
             advantages = inputs["advantages"]
             self._weightless = (advantages.view(len(advantages), -1) == 0).all(1).tolist()
         try:
@@ -187,17 +184,22 @@ class _FastMixin:
         finally:
             self._weightless = None
 
-    def _advantages_are_the_only_weights(self) -> bool:
+    def _advantages_are_the_only_weights(self, inputs: dict) -> bool:
         """Whether a sequence of advantage 0 has a gradient of 0: TRL's own loss, nothing added."""
-        losses = [cls for cls in type(self).__mro__ if "_compute_loss" in vars(cls)]
         return (
             self.fast.skip_zero_gradient
             and self.accelerator.num_processes == 1  # `score` is a collective
-            and losses[:2] == [_FastMixin, GRPOTrainer]
-            and "_compute_loss" not in vars(self)
+            and not self._changed("_compute_loss")
+            and PERTURBED not in inputs
             and self.beta == 0.0
             and not self._entropy_bonus_enabled
         )
+
+    def _changed(self, name: str) -> bool:
+        """Whether a class that is neither TRL's nor ours, or this instance, has its own `name`."""
+        classes = [cls for cls in type(self).__mro__ if name in vars(cls)]
+        known = ("fastgrpo.integrations.trl.", "trl.trainer.")
+        return name in vars(self) or not all(c.__module__.startswith(known) for c in classes)
 
     def _self_check(self, model, rows, members, logps, input_ids, attention_mask, types) -> None:
         clean = [row for row in members if not self._is_placeholder(rows.completions[row]).any()]
@@ -215,17 +217,6 @@ class _FastMixin:
         )
         self._checked_models.add(id(model))
         self._metrics[self._mode]["fastgrpo/self_check_max_abs"].append(error)
-
-    def _is_placeholder(self, ids: Tensor) -> Tensor:
-        return torch.isin(ids, ids.new_tensor(self._placeholder_ids))
-
-    def _tokenize_prompts(self, prompts):
-        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
-        self._grids = _grids_per_row(fields.get("image_grid_thw"), images)
-        if images is not None and not self.use_vllm:
-            # Processors take [] for a prompt without images; TRL's None ends in a TypeError.
-            images = [row or [] for row in images]
-        return prompt_ids, images, fields
 
     def _generate_single_turn(
         self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
@@ -252,30 +243,6 @@ class _FastMixin:
             )
         return completion_ids, None
 
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _prepare_inputs(self, generation_batch):
-        if self._mode == "eval" or not self.fast.keep_groups:
-            return super()._prepare_inputs(generation_batch)
-        steps = self.args.steps_per_generation
-        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            batch = self._generate_and_score_completions(generation_batch)
-            batch = _take_rows(split_pixel_values_by_grid(batch), self._row_order(batch))
-            self._buffered_inputs = [
-                unsplit_pixel_values(chunk) for chunk in split_tensor_dict(batch, steps)
-            ]
-        return self._buffered_inputs[self._step % steps]
-
-    def _row_order(self, batch: dict) -> list[int]:
-        num_rows = len(batch["completion_ids"])
-        first = self.accelerator.process_index * num_rows  # a group may straddle two processes
-        group_of_row = [(first + row) // self.num_generations for row in range(num_rows)]
-        # One draw of TRL's size: sampling after it sees the random numbers it would see in TRL.
-        order = torch.randperm(num_rows).tolist()
-        return plan_micro_batches(group_of_row, order, self.args.steps_per_generation)
-
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not load_renamed(self.model if model is None else model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -284,86 +251,27 @@ class _FastMixin:
         if not load_renamed(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        if self._grids is not None and len(self._grids) == len(inputs):
-            # The resolution the model saw, for rewards that compare pixels; VLM-R1's column.
-            inputs = [
-                {"image_grid_thw": grid} | row
-                for grid, row in zip(self._grids, inputs, strict=True)
-            ]
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        device, names = rewards.device, self.reward_func_names
-        infinite = rewards.isinf()  # from a reward model: functions are guarded one by one
-        rewards = rewards.masked_fill(infinite, torch.nan)
-        reasons = [example.get(QUARANTINE_COLUMN) for example in inputs]
-        broken = torch.tensor([reason is not None for reason in reasons], device=device)
-        broken = self.accelerator.gather(broken)
-        rewards[broken] = torch.nan
-        counts = self._guard.take_counts()
-        local = torch.tensor([float(counts[name]) for name in names], device=device)
-        failed = self.accelerator.gather(local).view(-1, len(names)).sum(0) + infinite.sum(0)
-        metrics = self._metrics[self._mode]
-        for name, value in zip(names, failed.tolist(), strict=True):
-            metrics[f"fastgrpo/reward_errors/{name}"].append(value)
-        metrics["fastgrpo/quarantined"].append(float(broken.sum()))
-        for reason in sorted(set(reasons) - {None} - self._logged_reasons):
-            self._logged_reasons.add(reason)
-            logger.warning("rows set aside while training (%s): no reward, advantage 0", reason)
-        self._rewards = rewards
-        return rewards
-
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        self._exclude_placeholders(output)
-        if self.fast.exact_zero_advantages:
-            self._zero_equal_groups(output)
-        live = (self.accelerator.gather(output["advantages"]) != 0).float().mean().item()
-        self._metrics[self._mode]["fastgrpo/frac_nonzero_advantage"].append(live)
-        return output
-
-    def _exclude_placeholders(self, output: dict) -> None:
-        """Image and video placeholders the policy sampled: no loss, counted."""
-        if not self._placeholder_ids:
-            return
-        sampled = self._is_placeholder(output["completion_ids"])
-        tool_mask = output.get("tool_mask", torch.ones_like(output["completion_mask"]))
-        sampled &= (output["completion_mask"] * tool_mask).bool()
-        count = self.accelerator.gather(sampled.sum()).sum()
-        self._metrics[self._mode]["fastgrpo/sampled_placeholders"].append(float(count))
-        if sampled.any():
-            output["tool_mask"] = tool_mask.masked_fill(sampled, 0)
-        output["num_items_in_batch"] = output["num_items_in_batch"] - count
-
-    def _zero_equal_groups(self, output: dict) -> None:
-        if self.multi_objective_aggregation != "sum_then_normalize":
-            return
-        size = self.num_generations if self._mode == "train" else self.num_generations_eval
-        weights = self.reward_weights.to(self._rewards.device)
-        total = (self._rewards * weights).nansum(1)
-        unscored = self._rewards.isnan().all(1)
-        low = total.masked_fill(unscored, torch.inf).view(-1, size).amin(1)
-        high = total.masked_fill(unscored, -torch.inf).view(-1, size).amax(1)
-        rounding = 4 * torch.finfo(total.dtype).eps * torch.maximum(low.abs(), high.abs())
-        equal = (high - low <= rounding).repeat_interleave(size)
-        advantages, logged = output["advantages"], self._logs["advantages"]
-        first = self.accelerator.process_index * len(advantages)
-        output["advantages"] = advantages.masked_fill(equal[first : first + len(advantages)], 0.0)
-        offset = len(logged) - len(equal)
-        for row in equal.nonzero()[:, 0].tolist():
-            if offset + row >= 0:
-                logged[offset + row] = 0.0
-
 
 class FastGRPOTrainer(_FastMixin, GRPOTrainer):
-    """TRL's GRPOTrainer, accelerated: same constructor, and `fast=FastOptions(...)` or a dict."""
+    """TRL's GRPOTrainer, accelerated: same constructor, and `fast=FastOptions(...)` or a dict.
+
+    `rule` replaces TRL's advantages, `perception` adds the terms of PAPO and VPPO: a recipe's.
+    """
 
     _tag_names = [*GRPOTrainer._tag_names, "fastgrpo"]
 
-    def __init__(self, *args, fast: FastOptions | dict | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        fast: FastOptions | dict | None = None,
+        rule: AdvantageRule | None = None,
+        perception: PerceptionRule | None = None,
+        **kwargs,
+    ):
         check_version()
         options = fast if isinstance(fast, FastOptions) else _options(fast or {})
         super().__init__(*args, **kwargs)
-        self._install(options)
+        self._install(options, rule, perception)
 
 
 def accelerate(trainer: GRPOTrainer, **options) -> GRPOTrainer:
@@ -395,23 +303,3 @@ def _options(values: dict) -> FastOptions:
     if unknown:
         raise InputError(f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}")
     return FastOptions(**values)
-
-
-def _grids_per_row(grids, images: list | None) -> list | None:
-    """Each row's (t, h, w) in patches as [[t, h, w]]; None for a row without exactly one image."""
-    if grids is None or images is None:
-        return None
-    remaining = iter(torch.as_tensor(grids).tolist())
-    rows = [[next(remaining) for _ in row or []] for row in images]
-    return [row if len(row) == 1 else None for row in rows]
-
-
-def _take_rows(batch: dict, order: list[int]) -> dict:
-    """The batch with its rows in `order`; scalars and absent fields as they are."""
-
-    def take(value):
-        if value is None or (isinstance(value, Tensor) and value.ndim == 0):
-            return value
-        return value[order] if isinstance(value, Tensor) else [value[row] for row in order]
-
-    return {key: take(value) for key, value in batch.items()}

@@ -273,14 +273,19 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, targets, bias, inv_t, logp, entropy, kept, stats)
     ctx.scalars = (softcap, scale, plan, impl, workspace, group)
     ctx.mark_non_differentiable(kept, stats, clamped)
+    # Without this, backward is handed a (N, V) tensor of zeros for the exponentials kept.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dlogp, dentropy, *_):
     hidden, weight, targets, bias, inv_t, logp, entropy, kept, stats = ctx.saved_tensors
     need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+    if dlogp is None and dentropy is None:
+        return (None,) * 12
+    dlogp = torch.zeros_like(logp) if dlogp is None else dlogp
     grads = linear_logprob_backward_op(
         dlogp,
-        dentropy if entropy.numel() else None,
+        dentropy,
         hidden,
         weight,
         targets,

@@ -1,129 +1,36 @@
-"""FastGRPOTrainer with a recipe's advantage rule and perception terms.
+"""The passes and loss terms of a `PerceptionRule`: the policy under perturbed images.
 
-Letters: B rows, C completion columns, F reward functions.
+Letters: B rows, C completion columns.
 """
 
 from __future__ import annotations
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from fastgrpo.advantages import (
-    paired_gate,
     quantile_mask,
     sequence_mean,
     top_share_mask,
     trajectory_weights,
     visual_dependency,
 )
-from fastgrpo.advantages.perception_rule import PerceptionRule
-from fastgrpo.advantages.rule import AdvantageRule
 from fastgrpo.errors import InputError
 from fastgrpo.images.perturb import perturb
-from fastgrpo.integrations.trl.trainer import FastGRPOTrainer
+from fastgrpo.integrations.trl.batches import loss_mask
 from fastgrpo.ops.token_kl import token_kl
 
 PERTURBED = "perturbed_per_token_logps"
 
 
-class RecipeTrainer(FastGRPOTrainer):
-    """FastGRPOTrainer plus ``rule`` (AdvantageRule) and ``perception`` (PerceptionRule).
-
-    Rewards, advantages and masks change after TRL has computed its own; the loss keeps TRL's code
-    and gains the perception terms. Reward functions with a ``prefetch`` method are started right
-    after generation, so that a judge works while log-probs are computed; those with ``bind`` get
-    the trainer once.
-    """
-
-    def __init__(
-        self,
-        *args,
-        rule: AdvantageRule | None = None,
-        perception: PerceptionRule | None = None,
-        reward_funcs,
-        **kwargs,
-    ):
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        self._prefetchers = [f for f in functions if hasattr(f, "prefetch")]
-        super().__init__(*args, reward_funcs=reward_funcs, **kwargs)
-        self.rule, self.perception = rule, perception
-        self._logps: Tensor | None = None
-        for function in functions:
-            if hasattr(function, "bind"):
-                function.bind(self)
+class PerceptionMixin:
+    """Perturbed passes after generation; VPPO's advantages, PAPO's terms in the loss."""
 
     def _generate_and_score_completions(self, inputs):
-        self._batch_rows = inputs
         output = super()._generate_and_score_completions(inputs)
-        if self.rule is not None:
-            self._apply_rule(output)
         if self.perception is not None and self._mode == "train":
             self._apply_perception(inputs, output)
         return output
-
-    def _generate(self, prompts: list):
-        generated = super()._generate(prompts)
-        if self._prefetchers and len(prompts) == len(self._batch_rows):
-            self._start_rewards(prompts, generated[3])
-        return generated
-
-    def _start_rewards(self, prompts: list, completions: list) -> None:
-        """Hand a batch's completions to the rewards that can work before they are asked."""
-        rows = self._batch_rows
-        columns = {k: [row[k] for row in rows] for k in rows[0] if k != "prompt"}
-        for function in self._prefetchers:
-            function.prefetch(prompts, completions, **columns)
-
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._logps = result[0]  # what the loss of this micro-batch is made of
-        return result
-
-    def _apply_rule(self, output: dict) -> None:
-        """Replace TRL's advantages (the same on every process) and drop filtered groups."""
-        size = self.num_generations if self._mode == "train" else self.num_generations_eval
-        sizes = [size] * (len(self._rewards) // size)
-        advantages, kept = self.rule(
-            self._rewards.double(), self.reward_func_names, sizes, self.reward_weights.tolist()
-        )
-        if self.rule.gate_column is not None:
-            advantages = self._gated(advantages)
-        rows = len(output["advantages"])
-        first = self.accelerator.process_index * rows
-        local = slice(first, first + rows)
-        output["advantages"] = advantages[local].to(output["advantages"])
-        self._metrics[self._mode]["fastgrpo/kept_groups"].append(kept.float().mean().item())
-        dropped = (~kept).repeat_interleave(size)[local].to(output["completion_mask"].device)
-        if not kept.all():
-            self._drop_rows(output, dropped)
-
-    def _gated(self, advantages: Tensor) -> Tensor:
-        columns = [(r["question_id"], r[self.rule.gate_column]) for r in self._batch_rows]
-        questions, is_gate = zip(*gather_object(columns), strict=True)
-        weights = self.reward_weights.to(self._rewards)
-        total = (self._rewards * weights).nansum(1)
-        total[self._rewards.isnan().all(1)] = torch.nan
-        return paired_gate(
-            advantages,
-            total,
-            questions,
-            [bool(g) for g in is_gate],
-            ceiling=self.rule.gate_ceiling,
-            gate_weight=self.rule.gate_weight,
-        )
-
-    def _drop_rows(self, output: dict, dropped: Tensor) -> None:
-        """Rows that leave the loss: no token of theirs counts, in numerator or denominator."""
-        mask = self._loss_mask(output)
-        removed = self.accelerator.gather((mask * dropped[:, None]).sum()).sum()
-        output["tool_mask"] = mask.masked_fill(dropped[:, None], 0)
-        output["num_items_in_batch"] = output["num_items_in_batch"] - removed
-
-    @staticmethod
-    def _loss_mask(inputs: dict) -> Tensor:
-        mask = inputs["completion_mask"]
-        return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
     def _apply_perception(self, inputs: list[dict], output: dict) -> None:
         rule = self.perception
@@ -141,10 +48,12 @@ class RecipeTrainer(FastGRPOTrainer):
         """(patches, dim) pixel values of the perturbed images, one perturbation per prompt."""
         if output.get("pixel_values") is None:
             raise InputError("perception: this batch has no images to perturb")
-        images, size = [], self.num_generations
-        for row, example in enumerate(inputs):
+        images = []
+        first = self.accelerator.process_index * len(inputs)
+        batch = self.state.global_step * self.accelerator.num_processes * len(inputs)
+        for row, example in enumerate(inputs, batch + first):
             own = example.get("images") or [example.get("image")]
-            group = (self.state.global_step * len(inputs) + row) // size
+            group = row // self.num_generations  # may straddle two processes
             for index, image in enumerate(i for i in own if i is not None):
                 seed = (self.args.seed * 1_000_003 + group * 64 + index) % 2**32
                 options = self.perception.options
@@ -176,7 +85,7 @@ class RecipeTrainer(FastGRPOTrainer):
 
     def _perceptual_advantages(self, output: dict, old: Tensor, perturbed: Tensor) -> Tensor:
         """VPPO: (B, C) advantages with the trajectory's weight, 0 on tokens that need no image."""
-        rule, mask = self.perception, self._loss_mask(output).bool()
+        rule, mask = self.perception, loss_mask(output).bool()
         seq_ids = mask.nonzero()[:, 0]
         dependency = visual_dependency(old[mask], perturbed[mask])
         advantages = output["advantages"]
@@ -205,7 +114,7 @@ class RecipeTrainer(FastGRPOTrainer):
 
     def _perception_loss(self, logps: Tensor, inputs: dict) -> Tensor:
         """PAPO's terms, averaged as TRL averages the policy loss of this loss type."""
-        rule, mask = self.perception, self._loss_mask(inputs).bool()
+        rule, mask = self.perception, loss_mask(inputs).bool()
         logp, perturbed = logps[mask], inputs[PERTURBED][mask]
         kl = token_kl(logp, perturbed, "k3", log_ratio_clamp=20.0, value_clamp=10.0)
         if rule.kl_token_share is not None:

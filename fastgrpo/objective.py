@@ -11,33 +11,15 @@ import torch
 
 from fastgrpo.checks import check_choice, check_positive
 from fastgrpo.errors import InputError
+from fastgrpo.losses.loss_type import LEVELS, LossType
+from fastgrpo.losses.types import LOSS_TYPES
 
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-# loss type -> how its terms are averaged (see Objective.aggregation)
-LOSS_TYPES = {
-    "grpo": "seq-mean-token-mean",
-    "bnpo": "token-mean",
-    "dr_grpo": "seq-mean-token-sum-norm",
-    "dapo": "token-mean",
-    "cispo": "token-mean",
-    "sapo": "seq-mean-token-mean",
-    "luspo": "seq-mean-token-sum",
-    "vespo": "token-mean",
-    "gmpo": "seq-mean-token-mean",
-    "gspo_token": "seq-mean-token-mean",
-    "dppo_tv": "token-mean",
-    "dppo_kl": "token-mean",
-    "gpg": "token-mean",
-    "dro": "token-mean",
-    "reinforce": "token-mean",
-}
 _REFUSED = {
     "real": "its log-sum-exp runs over the groups of a batch, which packed rows do not carry",
     "clip_cov": "its token selection is random over the whole batch",
     "kl_cov": "its token selection ranks covariances over the whole batch",
     "fipo": "its weights look ahead in the sequence; pass them as token_weights",
 }
-_SEQUENCE_ONLY = ("gmpo", "gspo_token", "vespo")
 AGGREGATIONS = (
     "token-mean",
     "token-sum",
@@ -172,9 +154,7 @@ class Objective:
         if self.loss_type in _REFUSED:
             raise InputError(f"loss_type: {self.loss_type!r}: {_REFUSED[self.loss_type]}")
         check_choice("loss_type", self.loss_type, tuple(LOSS_TYPES))
-        check_choice(
-            "importance_sampling_level", self.importance_sampling_level, ("token", "sequence")
-        )
+        check_choice("importance_sampling_level", self.importance_sampling_level, LEVELS)
         check_choice("kl_estimator", self.kl_estimator, ESTIMATORS)
         check_choice("aggregation", self.aggregation, (None, *AGGREGATIONS))
         check_choice("cispo_clip", self.cispo_clip, ("absolute", "relative"))
@@ -194,13 +174,12 @@ class Objective:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        sequence = self.importance_sampling_level == "sequence"
-        if sequence and self.loss_type not in (*CLIPPED, "cispo", "sapo", "vespo"):
+        if self.importance_sampling_level not in self.loss.levels:
             raise InputError(
                 f"importance_sampling_level: {self.loss_type!r} defines its own level, "
                 "expected 'token'"
             )
-        if self.loss_type not in CLIPPED and self.loss_type != "gspo_token":
+        if not self.loss.bounds:
             for name in ("delta", "dual_clip"):
                 if getattr(self, name) is not None:
                     raise InputError(f"{name}: {self.loss_type!r} has no such bound, expected None")
@@ -215,6 +194,11 @@ class Objective:
             )
 
     @property
+    def loss(self) -> LossType:
+        """What is known of the loss type."""
+        return LOSS_TYPES[self.loss_type]
+
+    @property
     def clip_high(self) -> float:
         """epsilon_high, which defaults to epsilon."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
@@ -227,7 +211,7 @@ class Objective:
     @property
     def aggregator(self) -> str:
         """The aggregation in use."""
-        return self.aggregation or LOSS_TYPES[self.loss_type]
+        return self.aggregation or self.loss.aggregation
 
     @property
     def needs_entropy(self) -> bool:
@@ -239,7 +223,7 @@ class Objective:
         rollout = with_rollout and self.vllm_importance_sampling_correction
         return (
             self.importance_sampling_level == "sequence"
-            or self.loss_type in _SEQUENCE_ONLY
+            or self.loss.couples
             or self.off_policy_mask_threshold is not None
             or (rollout and not self.vllm_importance_sampling_mode.startswith("token"))
         )

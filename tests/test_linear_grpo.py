@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import fastgrpo as fg
+from fastgrpo.losses.tokens import Tokens
 from fastgrpo.objective import LOSS_TYPES
-from fastgrpo.ops.linear.one_pass import encode_spec, linear_grpo_op
+from fastgrpo.ops.grpo_loss import checked
+from fastgrpo.ops.linear.one_pass import linear_grpo_op, pack
 from fastgrpo.ops.select import why_not
 from fastgrpo.testing import assert_within_budget, relative_error
 
@@ -241,14 +243,16 @@ def test_empty_and_all_masked(impl):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
-    b = batch(dtype)
+    b, blank = batch(dtype), torch.empty(N)
+    streams = (b["mask"], b["old_logp"], b["ref_logp"], b["rollout_logp"])
+    t = Tokens(blank, b["advantages"], SEQ, *streams, entropy=blank)
+    terms = [fg.KLTerm(b["ref_logp"], 0.1, mask=b["mask"]), fg.KLTerm(b["old_logp"], -0.1)]
+    call = checked(t, fg.Objective("grpo", beta=0.1), None, None, terms, 0.0, b["targets"])
+    columns, spec = pack(call)
     args = (
         b["hidden"].requires_grad_(), b["weight"].requires_grad_(), b["bias"].requires_grad_(),
-        b["targets"], torch.full((N,), 0.8), b["advantages"][SEQ], SEQ,
-        b["mask"] & (b["targets"] != -100), b["old_logp"], b["ref_logp"], b["rollout_logp"], None,
-        [b["ref_logp"]], [b["mask"]], None, None, B, True,
-        encode_spec(fg.Objective("grpo", beta=0.1), [fg.KLTerm(b["ref_logp"], 0.1)], 0.0),
-        None, 1.0, True, [True, True, True], "torch", None, "",
+        b["targets"], torch.full((N,), 0.8), None, 1.0, "torch", None, "",
+        columns, call.num_rows, spec, [True, True, True],
     )  # fmt: skip
     torch.library.opcheck(linear_grpo_op, args)
 

@@ -8,15 +8,12 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run with TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastgrpo_kernels.grpo_loss import grpo_terms
 from fastgrpo_kernels.token_kl import token_kl
 
 from fastgrpo.losses.metrics import metric_kind
-from fastgrpo.losses.tokens import Tokens, token_scales
+from fastgrpo.losses.tokens import Tokens
 from fastgrpo.objective import ESTIMATORS, ROLLOUT_MODES, KLTerm, Objective
-from fastgrpo.ops.grpo_loss import names_of, resolve_advantages
-from fastgrpo.reference.grpo_loss import loss_terms
-from fastgrpo.reference.grpo_metrics import metric_stats
+from fastgrpo.ops.grpo_loss import checked
 from fastgrpo.reference.token_kl import token_kl as token_kl_reference
 from fastgrpo.testing import assert_within_budget
 
@@ -57,7 +54,6 @@ def batch(lengths=LENGTHS, seed=0, per_token=False):
 
 def run(data, obj, dtype, triton, use=STREAMS, kl_terms=(), pull=0.0):
     x = {k: v.to(dtype) if v.is_floating_point() else v for k, v in data.items()}
-    advantages, B, per_sequence = resolve_advantages(x["advantages"], x["seq_ids"])
     leaves = [x["logp"].clone().requires_grad_()]
     streams = {name: x[name] if name in use else None for name in STREAMS}
     if "entropy" in use:
@@ -69,16 +65,11 @@ def run(data, obj, dtype, triton, use=STREAMS, kl_terms=(), pull=0.0):
         leaves.append(other)
         options = {k: getattr(term, k) for k in ("coefficient", "estimator", "mask")}
         terms.append(KLTerm(other, **options))
-    t = Tokens(leaves[0], advantages, x["seq_ids"], x["mask"], per_sequence=per_sequence, **streams)
-    scales = token_scales(obj, t.seq_ids, t.mask, B, None, None, dtype)
-    names = names_of(obj, t.ref_logp, t.rollout_logp, t.entropy, terms)
-    if triton:
-        loss, stats = grpo_terms(t, obj, B, scales, terms, pull, names)
-    else:
-        loss, metrics = loss_terms(t, obj, B, scales, terms, pull)
-        stats = metric_stats(t._replace(logp=t.logp.detach()), obj, B, metrics, names)
+    t = Tokens(leaves[0], x["advantages"], x["seq_ids"], x["mask"], **streams)
+    call = checked(t, obj, None, None, terms, pull)
+    loss, stats = call.loss_and_stats("triton" if triton else "reference")
     grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return loss.detach(), grads, dict(zip(names, stats, strict=True))
+    return loss.detach(), grads, dict(zip(call.names, stats, strict=True))
 
 
 def check(data, obj, **options):

@@ -10,8 +10,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from fastgrpo_kernels.linear_kl import kl_of_logits, logit_gradients_
 
+from fastgrpo.ops.linear.kl import kl_of_logits as reference
 from fastgrpo.ops.linear.kl import linear_kl
-from fastgrpo.reference.linear_kl import kl_of_logits as reference
 from fastgrpo.testing import assert_within_budget
 
 pytestmark = pytest.mark.interpreter

@@ -19,23 +19,6 @@ from fastgrpo.packing.group import Group
 from fastgrpo.packing.row import IGNORED, PackedRow, fed_and_target
 from fastgrpo.packing.vision import FeatureStore
 
-# Loss types whose terms and metrics need no forward where the advantage is 0. Not vespo, whose
-# mean weight is a metric of every sequence, nor dro, which has a penalty of its own.
-_PROPORTIONAL = (
-    "grpo",
-    "bnpo",
-    "dr_grpo",
-    "dapo",
-    "luspo",
-    "cispo",
-    "sapo",
-    "gmpo",
-    "gspo_token",
-    "dppo_tv",
-    "dppo_kl",
-    "gpg",
-    "reinforce",
-)
 _OPTIONAL = ("old_logp", "ref_logp", "rollout_logp", "token_weights")
 
 Member = tuple[int, int]  # (group, completion)
@@ -245,7 +228,7 @@ class GRPOStep:
     def _without_gradient(self, groups) -> list[Member]:
         """Completions whose every term is exactly zero, whatever the model says."""
         obj = self.obj
-        if obj.loss_type not in _PROPORTIONAL or obj.beta != 0.0 or obj.needs_entropy:
+        if not obj.loss.proportional or obj.beta != 0.0 or obj.needs_entropy:
             return []
         if self.kl_streams or self.sampled_entropy_coef:
             return []

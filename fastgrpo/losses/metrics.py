@@ -26,11 +26,9 @@ def metric_names(
         names.append("kl")
     if has_entropy:
         names.append("entropy")
-    if obj.loss_type == "cispo":
-        names.append("cispo_clip_ratio")
-    elif obj.loss_type == "vespo":
-        names.append("vespo/phi_seq_mean")
-    elif obj.loss_type not in ("sapo", "gpg", "dro", "reinforce"):
+    if obj.loss.metric:
+        names.append(obj.loss.metric)
+    if obj.loss.clips:
         names += [f"clip_ratio/{name}" for name in _CLIP]
     if has_rollout and obj.vllm_importance_sampling_correction:
         names += [f"sampling/{name}" for name in _SAMPLING]

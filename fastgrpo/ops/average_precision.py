@@ -9,7 +9,8 @@ from fastgrpo.errors import InputError
 from fastgrpo.ops._boxes import as_box_pair, as_sizes, check_same_samples, starts
 from fastgrpo.ops.select import select
 from fastgrpo.reference import average_precision as reference
-from fastgrpo.reference.average_precision import COCO
+from fastgrpo.reference.average_precision import COCO as COCO
+from fastgrpo.reference.average_precision import RECALLS as RECALLS
 
 Labels = torch.Tensor | Sequence[Hashable]
 

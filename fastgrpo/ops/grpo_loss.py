@@ -1,15 +1,16 @@
 """grpo_loss: every GRPO variant on packed per-token log-probs."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from fastgrpo.checks import check_tensor
 from fastgrpo.errors import InputError
 from fastgrpo.losses.metrics import merge_stats, metric_names
-from fastgrpo.losses.tokens import Scales, Tokens, token_scales
+from fastgrpo.losses.tokens import IGNORE, Scales, Tokens, token_scales
 from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops.select import select
 from fastgrpo.reference.grpo_loss import loss_terms
@@ -82,82 +83,103 @@ def grpo_loss(
             a token counts, as in TRL.
         token_weights: (N,) u_t. kl_terms: more KL streams. sampled_entropy_coef: s; its term is
             the sampled entropy -l_t, so a positive s lowers the entropy (PAPO).
-        impl: "reference" or "triton".
+        impl: "reference" or "triton". A loss type without a Triton formula, and float64, run as
+            "reference" on any device.
 
     Returns GRPOLoss; loss is differentiable in logp, entropy and the kl_terms' other_logp.
     """
-    check_loss_inputs(logp, advantages, obj, seq_ids, mask, old_logp, ref_logp, rollout_logp)
-    check_loss_extras(logp, obj, entropy, token_weights, kl_terms)
-    impl = select_loss(logp, impl)
-    advantages, num_rows, per_sequence = resolve_advantages(advantages, seq_ids)
     t = Tokens(
         logp,
         advantages,
         seq_ids,
-        bool_mask(mask, logp),
+        mask,
         old_logp,
         ref_logp,
         rollout_logp,
         entropy,
         token_weights,
-        per_sequence,
     )
-    scales = token_scales(obj, seq_ids, t.mask, num_rows, num_tokens, num_sequences, logp.dtype)
-    names = names_of(obj, ref_logp, rollout_logp, entropy, kl_terms)
-    evaluate = terms_and_stats(impl)
-    loss, stats = evaluate(t, obj, num_rows, scales, kl_terms, sampled_entropy_coef, names)
-    return GRPOLoss(loss, logp.detach(), stats, tuple(names))
+    call = checked(t, obj, num_tokens, num_sequences, kl_terms, sampled_entropy_coef)
+    return call.evaluate(select_loss(logp, obj, impl))
 
 
-def select_loss(logp: torch.Tensor, impl: str | None) -> str:
-    """The implementation that serves `logp`: the kernel computes in float32."""
-    if logp.dtype == torch.float64:
+class LossCall(NamedTuple):
+    """A checked call of a GRPO loss, whole: which tokens, what is minimised, over how many.
+
+    Without log-probs (the projection makes them) `tokens.logp` is only of the right length.
+    """
+
+    tokens: Tokens
+    obj: Objective
+    num_rows: int
+    scales: Scales
+    kl_terms: tuple[KLTerm, ...]
+    sampled_entropy_coef: float
+
+    @property
+    def names(self) -> list[str]:
+        """The metric names of the call."""
+        t = self.tokens
+        present = (x is not None for x in (t.ref_logp, t.rollout_logp, t.entropy))
+        return metric_names(self.obj, *present, len(self.kl_terms))
+
+    def loss_and_stats(
+        self, impl: str, names: list[str] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, differentiable in logp and entropy, and its statistics of these names."""
+        names = self.names if names is None else names
         if impl == "triton":
-            raise InputError("impl: grpo_loss cannot run as 'triton': logp is float64")
-        impl = impl or "reference"
-    return select("grpo_loss", logp.device, impl)
+            kernel = importlib.import_module("fastgrpo_kernels.grpo_loss")
+            return kernel.grpo_terms(*self, names)
+        loss, terms = loss_terms(*self)
+        t = self.tokens._replace(logp=self.tokens.logp.detach())
+        return loss, metric_stats(t, self.obj, self.num_rows, terms, names)
+
+    def evaluate(self, impl: str) -> GRPOLoss:
+        """The result of the call."""
+        loss, stats = self.loss_and_stats(impl)
+        return GRPOLoss(loss, self.tokens.logp.detach(), stats, tuple(self.names))
 
 
-def terms_and_stats(impl: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """The function that gives the loss of `Tokens` and its metric statistics."""
-    if impl == "triton":
-        return importlib.import_module("fastgrpo_kernels.grpo_loss").grpo_terms
-    return _reference_terms
-
-
-def _reference_terms(
+def checked(
     t: Tokens,
     obj: Objective,
-    num_rows: int,
-    scales: Scales,
+    num_tokens: float | torch.Tensor | None,
+    num_sequences: float | torch.Tensor | None,
     kl_terms: Sequence[KLTerm],
     sampled_entropy_coef: float,
-    names: list[str],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    loss, terms = loss_terms(t, obj, num_rows, scales, kl_terms, sampled_entropy_coef)
-    return loss, metric_stats(t._replace(logp=t.logp.detach()), obj, num_rows, terms, names)
+    targets: torch.Tensor | None = None,
+) -> LossCall:
+    """The call with every argument checked, advantages given per token, and each token's weight.
+
+    A mask of None keeps every token; a token whose target is `IGNORE` is masked in any case.
+    """
+    _check_tokens(t, obj)
+    _check_kl_terms(t.logp, kl_terms)
+    mask = torch.ones_like(t.seq_ids, dtype=torch.bool) if t.mask is None else t.mask.bool()
+    if targets is not None:
+        mask = mask & (targets != IGNORE)
+    advantages, num_rows, per_sequence = _resolve_advantages(t.advantages, t.seq_ids)
+    t = t._replace(mask=mask, advantages=advantages, per_sequence=per_sequence)
+    totals = num_tokens, num_sequences
+    scales = token_scales(obj, t.seq_ids, mask, num_rows, *totals, t.logp.dtype)
+    return LossCall(t, obj, num_rows, scales, tuple(kl_terms), sampled_entropy_coef)
 
 
-def names_of(
-    obj: Objective,
-    ref_logp: torch.Tensor | None,
-    rollout_logp: torch.Tensor | None,
-    entropy: torch.Tensor | None,
-    kl_terms: Sequence[KLTerm],
-) -> list[str]:
-    """The metric names of a call with these arguments."""
-    present = (ref_logp is not None, rollout_logp is not None, entropy is not None)
-    return metric_names(obj, *present, len(kl_terms))
+def select_loss(logp: torch.Tensor, obj: Objective, impl: str | None) -> str:
+    """The implementation that serves `logp`: the kernel computes in float32, and its formulas
+    are those the loss types name."""
+    reason = None
+    if logp.dtype == torch.float64:
+        reason = "logp is float64"
+    elif obj.loss.kernel is None:
+        reason = f"loss type {obj.loss_type!r} has no Triton formula"
+    if reason and impl == "triton":
+        raise InputError(f"impl: grpo_loss cannot run as 'triton': {reason}")
+    return select("grpo_loss", logp.device, "reference" if reason else impl)
 
 
-def bool_mask(mask: torch.Tensor | None, logp: torch.Tensor) -> torch.Tensor:
-    """The mask as booleans; None keeps every token."""
-    if mask is None:
-        return torch.ones(logp.shape[0], dtype=torch.bool, device=logp.device)
-    return mask.bool()
-
-
-def resolve_advantages(
+def _resolve_advantages(
     advantages: torch.Tensor, seq_ids: torch.Tensor
 ) -> tuple[torch.Tensor, int, bool]:
     """((N,) advantages, B, whether they were given per sequence).
@@ -172,43 +194,34 @@ def resolve_advantages(
     return advantages[seq_ids], B, True
 
 
-def check_loss_inputs(
-    logp: torch.Tensor,
-    advantages: torch.Tensor,
-    obj: Objective,
-    seq_ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    old_logp: torch.Tensor | None,
-    ref_logp: torch.Tensor | None,
-    rollout_logp: torch.Tensor | None,
-) -> None:
+def _check_tokens(t: Tokens, obj: Objective) -> None:
     """InputError for the first argument of a GRPO loss that does not fit."""
     if not isinstance(obj, Objective):
         raise InputError(f"obj: expected fastgrpo.Objective, got {type(obj).__name__}")
     sizes: dict[str, int] = {}
-    device = logp.device if isinstance(logp, torch.Tensor) else None
-    check_tensor("logp", logp, "N", like=sizes, floating=True)
-    check_tensor("seq_ids", seq_ids, "N", like=sizes, dtypes=(torch.int64,), device=device)
-    check_tensor("advantages", advantages, "B", floating=True, device=device)
-    for name, x in (
-        ("mask", mask),
-        ("old_logp", old_logp),
-        ("ref_logp", ref_logp),
-        ("rollout_logp", rollout_logp),
-    ):
-        if x is not None:
-            check_tensor(name, x, "N", like=sizes, device=device)
-    if obj.beta != 0.0 and ref_logp is None:
+    device = t.logp.device if isinstance(t.logp, torch.Tensor) else None
+    check_tensor("logp", t.logp, "N", like=sizes, floating=True)
+    check_tensor("seq_ids", t.seq_ids, "N", like=sizes, dtypes=(torch.int64,), device=device)
+    check_tensor("advantages", t.advantages, "B", floating=True, device=device)
+    for name in ("mask", "old_logp", "ref_logp", "rollout_logp", "token_weights"):
+        if getattr(t, name) is not None:
+            check_tensor(name, getattr(t, name), "N", like=sizes, device=device)
+    if t.entropy is not None:
+        check_tensor("entropy", t.entropy, "N", like=sizes, floating=True, device=device)
+    elif obj.needs_entropy:
+        name = "entropy_coef" if obj.entropy_coef != 0.0 else "top_entropy_quantile"
+        raise InputError(f"entropy: {name} needs it, expected (N,), got None")
+    if obj.beta != 0.0 and t.ref_logp is None:
         raise InputError(f"ref_logp: beta is {obj.beta}, expected (N,) log-probs, got None")
-    correcting = rollout_logp is not None and obj.vllm_importance_sampling_correction
-    if correcting and obj.loss_type == "vespo":
-        if not obj.vllm_importance_sampling_mode.startswith("token"):
-            raise InputError(
-                "vllm_importance_sampling_mode: vespo folds per-token weights into its own, "
-                f"expected a token mode, got {obj.vllm_importance_sampling_mode!r}"
-            )
-    if logp.device.type == "cpu" and not torch.compiler.is_compiling() and seq_ids.numel():
-        _check_seq_ids(seq_ids, advantages)
+    correcting = t.rollout_logp is not None and obj.vllm_importance_sampling_correction
+    mode = obj.vllm_importance_sampling_mode
+    if correcting and obj.loss.folds_rollout_weights and not mode.startswith("token"):
+        raise InputError(
+            f"vllm_importance_sampling_mode: {obj.loss_type} folds per-token weights into its "
+            f"own, expected a token mode, got {mode!r}"
+        )
+    if t.logp.device.type == "cpu" and not torch.compiler.is_compiling() and t.seq_ids.numel():
+        _check_seq_ids(t.seq_ids, t.advantages)
 
 
 def _check_seq_ids(seq_ids: torch.Tensor, advantages: torch.Tensor) -> None:
@@ -226,22 +239,8 @@ def _check_seq_ids(seq_ids: torch.Tensor, advantages: torch.Tensor) -> None:
         )
 
 
-def check_loss_extras(
-    logp: torch.Tensor,
-    obj: Objective,
-    entropy: torch.Tensor | None,
-    token_weights: torch.Tensor | None,
-    kl_terms: Sequence[KLTerm],
-) -> None:
-    """InputError for the first optional input of a GRPO loss that does not fit."""
+def _check_kl_terms(logp: torch.Tensor, kl_terms: Sequence[KLTerm]) -> None:
     sizes = {"N": logp.shape[0]}
-    if entropy is not None:
-        check_tensor("entropy", entropy, "N", like=sizes, floating=True, device=logp.device)
-    elif obj.needs_entropy:
-        name = "entropy_coef" if obj.entropy_coef != 0.0 else "top_entropy_quantile"
-        raise InputError(f"entropy: {name} needs it, expected (N,), got None")
-    if token_weights is not None:
-        check_tensor("token_weights", token_weights, "N", like=sizes, device=logp.device)
     for i, term in enumerate(kl_terms):
         name = f"kl_terms[{i}]"
         check_tensor(f"{name}.other_logp", term.other_logp, "N", like=sizes, device=logp.device)

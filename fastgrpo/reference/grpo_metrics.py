@@ -22,18 +22,16 @@ def metric_stats(
             stats[name] = m.token_mean(terms[name])
     if t.entropy is not None:
         stats["entropy"] = m.token_mean(t.entropy)
-    if "clip_low" in terms:
+    if obj.loss.clips:
         low, high = terms["clip_low"], terms["clip_high"]
         for name, flag in (("low", low), ("high", high), ("region", low | high)):
             stats[f"clip_ratio/{name}_mean"] = m.level_mean(flag)
         rows = m.rows_present()
         stats["clip_ratio/low_min"] = m.low(m.row_means(low), rows)
         stats["clip_ratio/high_max"] = m.high(m.row_means(high), rows)
-    if "cispo_clip" in terms:
-        stats["cispo_clip_ratio"] = m.level_mean(terms["cispo_clip"])
-    if "phi" in terms:
-        m.sequence_level = t.per_sequence
-        stats["vespo/phi_seq_mean"] = m.level_mean(terms["phi"])
+    if obj.loss.metric:
+        m.sequence_level |= obj.loss.metric_per_sequence and t.per_sequence
+        stats[obj.loss.metric] = m.level_mean(terms[obj.loss.metric])
     if "rollout_ratio" in terms:
         known = t.mask & ~terms["rollout_difference"].isnan()
         difference = terms["rollout_difference"].abs()

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastgrpo.errors import InputError
-from fastgrpo.ops.average_precision import average_precision
-from fastgrpo.reference.average_precision import COCO
+from fastgrpo.ops.average_precision import COCO, average_precision
 from fastgrpo.rewards import math_pool
 from fastgrpo.rewards.boxes import finite_box
 from fastgrpo.rewards.detection import (

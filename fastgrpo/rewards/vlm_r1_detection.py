@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgrpo.ops.average_precision import average_precision
-from fastgrpo.reference.average_precision import COCO, RECALLS
+from fastgrpo.ops.average_precision import COCO, RECALLS, average_precision
 from fastgrpo.rewards.detection import (
     EMPTY,
     Detections,

@@ -16,9 +16,6 @@ from fastgrpo_kernels.token_kl import clamp, excess
 INF = tl.constexpr(math.inf)
 LOG_1E8 = tl.constexpr(math.log(1e-8))
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-# The formulas a kernel is compiled for; the clipped losses differ in their scales only.
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-FORMULA = {name: "clipped" for name in CLIPPED} | {"gpg": "reinforce"}
 
 
 class Numbers(NamedTuple):

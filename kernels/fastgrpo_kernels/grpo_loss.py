@@ -22,7 +22,6 @@ import triton.language as tl
 
 from fastgrpo_kernels.aot import KernelSpec
 from fastgrpo_kernels.grpo_formulas import (
-    FORMULA,
     INF,
     LOG_1E8,
     Numbers,
@@ -443,14 +442,14 @@ def grpo_terms(
         t.token_weights,
         num_rows,
         list(numbers_of(obj, sampled_entropy_coef)),
-        FORMULA.get(obj.loss_type, obj.loss_type),
+        obj.loss.kernel,
         sequence_level,
         obj.kl_estimator if has_kl else "k1",
         obj.use_bias_correction_kl and has_kl,
         obj.vllm_importance_sampling_mode if correcting else "",
         obj.off_policy_mask_threshold is not None,
         sequence_level and t.per_sequence,
-        t.per_sequence and (sequence_level or obj.loss_type == "vespo"),
+        t.per_sequence and (sequence_level or obj.loss.metric_per_sequence),
     )
     total, peak = sums.sum(0), maxima.amax(0) if num_rows else maxima.new_full((7,), -math.inf)
     count, rows = total[1], total.new_tensor(float(num_rows))
@@ -501,7 +500,8 @@ def _statistics(
     """Metric name -> (sum, count) of a mean or (value, 0) of an extremum."""
     sums, top = dict(zip(SUMS, total, strict=True)), dict(zip(MAXIMA, peak, strict=True))
     none = torch.zeros_like(count)
-    level = rows if obj.importance_sampling_level == "sequence" and per_sequence else count
+    by_sequence = rows if per_sequence else count
+    level = by_sequence if obj.importance_sampling_level == "sequence" else count
     token_weights = obj.vllm_importance_sampling_mode.startswith("token")
     return {
         "ratio/min": (-top["-ratio"], none),
@@ -513,8 +513,7 @@ def _statistics(
         "clip_ratio/region_mean": (sums["region"], level),
         "clip_ratio/low_min": (-top["-low"], none),
         "clip_ratio/high_max": (top["high"], none),
-        "cispo_clip_ratio": (sums["extra"], level),
-        "vespo/phi_seq_mean": (sums["extra"], rows if per_sequence else count),
+        obj.loss.metric: (sums["extra"], by_sequence if obj.loss.metric_per_sequence else level),
         "sampling/sampling_logp_difference/mean": (sums["gap"], sums["known"]),
         "sampling/sampling_logp_difference/max": (top["gap"], none),
         "sampling/importance_sampling_ratio/min": (-top["-w"], none),

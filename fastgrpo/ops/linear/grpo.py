@@ -6,19 +6,11 @@ import torch
 
 from fastgrpo.checks import check_tensor
 from fastgrpo.errors import InputError
-from fastgrpo.losses.metrics import metric_names
-from fastgrpo.losses.tokens import IGNORE
+from fastgrpo.losses.tokens import IGNORE, Tokens
 from fastgrpo.objective import KLTerm, Objective
-from fastgrpo.ops.grpo_loss import (
-    GRPOLoss,
-    bool_mask,
-    check_loss_extras,
-    check_loss_inputs,
-    grpo_loss,
-    resolve_advantages,
-)
+from fastgrpo.ops.grpo_loss import GRPOLoss, LossCall, checked
 from fastgrpo.ops.linear.inputs import check_head, inverse_temperature, select_head
-from fastgrpo.ops.linear.one_pass import encode_spec, linear_grpo_op, run, scaled
+from fastgrpo.ops.linear.one_pass import Projection, linear_grpo_op, pack, run, scaled
 from fastgrpo.reference.linear_logprob import linear_logprob
 
 
@@ -75,108 +67,111 @@ def linear_grpo_loss(
     gradient wanted) or "autograd" (the reference); overflow counts the rows whose exponents left
     float32 about the target logit and were recomputed about their maximum.
     """
+    if not isinstance(obj, Objective):
+        raise InputError(f"obj: expected fastgrpo.Objective, got {type(obj).__name__}")
     temperature = obj.temperature if temperature is None else temperature
     weight = check_head(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, validate, process_group
     )
     impl = select_head("linear_grpo_loss", hidden, impl)
-    _check_extras(obj, kl_terms, weight, dweight_into, process_group, impl)
-    kept = bool_mask(mask, targets) & (targets != IGNORE)
-    measure = with_entropy or obj.needs_entropy
+    _check_extras(kl_terms, weight, dweight_into, process_group, impl)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    to_come = hidden.new_empty(hidden.shape[0], dtype=wide)
+    t = Tokens(
+        to_come,
+        advantages,
+        seq_ids,
+        mask,
+        old_logp,
+        ref_logp,
+        rollout_logp,
+        to_come if with_entropy or obj.needs_entropy else None,
+        token_weights,
+    )
+    call = checked(t, obj, num_tokens, num_sequences, kl_terms, sampled_entropy_coef, targets)
     if impl == "reference":
-        ids = torch.where(kept, targets.long(), IGNORE)
-        head = (bias, temperature, softcap, logit_scale)
-        logp, entropy = linear_logprob(hidden, weight, ids, *head, measure)
-        return grpo_loss(
-            logp,
-            advantages,
-            obj,
-            seq_ids=seq_ids,
-            mask=kept,
-            old_logp=old_logp,
-            ref_logp=ref_logp,
-            rollout_logp=rollout_logp,
-            entropy=entropy,
-            num_tokens=num_tokens,
-            num_sequences=num_sequences,
-            token_weights=token_weights,
-            kl_terms=kl_terms,
-            sampled_entropy_coef=sampled_entropy_coef,
+        return _by_reference(call, hidden, weight, targets, bias, temperature, softcap, logit_scale)
+    head = Projection(
+        hidden,
+        weight,
+        bias,
+        targets.long(),
+        inverse_temperature(temperature, hidden),
+        softcap,
+        float(logit_scale),
+        impl,
+        workspace_mb,
+        "" if process_group is None else process_group.group_name,
+    )
+    return _by_chunks(head, call, dweight_into, dweight_scale)
+
+
+def _by_reference(
+    call: LossCall,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> GRPOLoss:
+    t = call.tokens
+    ids = torch.where(t.mask, targets.long(), IGNORE)
+    options = (bias, temperature, softcap, logit_scale, t.entropy is not None)
+    logp, entropy = linear_logprob(hidden, weight, ids, *options)
+    return call._replace(tokens=t._replace(logp=logp, entropy=entropy)).evaluate("reference")
+
+
+def _by_chunks(
+    head: Projection, call: LossCall, into: torch.Tensor | None, into_scale: float
+) -> GRPOLoss:
+    inputs = (head.hidden, head.weight, head.bias)
+    need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    if into is None:
+        columns, spec = pack(call)
+        loss, stats, logp, _, _, _, overflow = linear_grpo_op(
+            *head, columns, call.num_rows, spec, need
         )
-    like = hidden.new_empty(hidden.shape[0])
-    check_loss_inputs(like, advantages, obj, seq_ids, mask, old_logp, ref_logp, rollout_logp)
-    check_loss_extras(like, obj, like, token_weights, kl_terms)
-    per_token, num_rows, per_sequence = resolve_advantages(advantages, seq_ids)
-    need = [
-        torch.is_grad_enabled() and x is not None and x.requires_grad
-        for x in (hidden, weight, bias)
-    ]
-    args = {
-        "hidden": hidden,
-        "weight": weight,
-        "bias": bias,
-        "targets": targets.long(),
-        "inv_temperature": inverse_temperature(temperature, hidden),
-        "advantages": per_token,
-        "seq_ids": seq_ids,
-        "mask": kept,
-        "old_logp": old_logp,
-        "ref_logp": ref_logp,
-        "rollout_logp": rollout_logp,
-        "token_weights": token_weights,
-        "kl_logps": [term.other_logp for term in kl_terms],
-        "kl_masks": [_mask_tensor(term, hidden) for term in kl_terms],
-        "num_tokens": _scalar(num_tokens, hidden),
-        "num_sequences": _scalar(num_sequences, hidden),
-        "num_rows": num_rows,
-        "per_sequence": per_sequence,
-        "spec": encode_spec(obj, kl_terms, sampled_entropy_coef),
-        "softcap": softcap,
-        "logit_scale": float(logit_scale),
-        "entropy": measure,
-        "need": need,
-        "impl": impl,
-        "workspace_mb": workspace_mb,
-        "group": "" if process_group is None else process_group.group_name,
-    }
-    if dweight_into is None:
-        loss, stats, logp, _, _, _, overflow = linear_grpo_op(**args)
     else:
         apply = _Accumulating.apply
-        loss, stats, logp, overflow = apply(hidden, bias, args, dweight_into, dweight_scale)
-    names = metric_names(
-        obj, ref_logp is not None, rollout_logp is not None, measure, len(kl_terms)
-    )
-    plan = "two_pass" if obj.top_entropy_quantile < 1.0 else "one_pass"
-    return GRPOLoss(loss, logp, stats, tuple(names), plan if any(need) else "forward", overflow)
+        loss, stats, logp, overflow = apply(
+            head.hidden, head.bias, head, call, need, into, into_scale
+        )
+    plan = "two_pass" if call.obj.top_entropy_quantile < 1.0 else "one_pass"
+    plan = plan if any(need) else "forward"
+    return GRPOLoss(loss, logp, stats, tuple(call.names), plan, overflow)
 
 
 class _Accumulating(torch.autograd.Function):
     """The op with dweight added to a tensor of the caller, and no gradient for the weight."""
 
     @staticmethod
-    def forward(ctx, hidden, bias, args, into, into_scale):
-        constants = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
-        out = run(**constants, into=into, into_scale=into_scale)
-        ctx.save_for_backward(out[3], out[5])
+    def forward(ctx, hidden, bias, head, call, need, into, into_scale):
+        loss, stats, logp, dhidden, _, dbias, overflow = run(head, call, need, into, into_scale)
+        ctx.save_for_backward(dhidden, dbias)
         ctx.dtypes = hidden.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(out[1], out[2], out[6])
-        return *out[:3], out[6]
+        ctx.mark_non_differentiable(stats, logp, overflow)
+        return loss, stats, logp, overflow
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        dhidden, dbias = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        return (
-            scaled(dhidden, dloss, ctx.dtypes[0]) if needed[0] else None,
-            scaled(dbias, dloss, ctx.dtypes[1]) if needed[1] else None,
-            None,
-            None,
-            None,
-        )
+        grads = [
+            scaled(grad, dloss, dtype) if needed else None
+            for grad, dtype, needed in zip(
+                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True
+            )
+        ]
+        return *grads, None, None, None, None, None
 
 
-def _check_extras(obj, kl_terms, weight, dweight_into, process_group, impl) -> None:
+def _check_extras(
+    kl_terms: Sequence[KLTerm],
+    weight: torch.Tensor,
+    dweight_into: torch.Tensor | None,
+    process_group: object | None,
+    impl: str,
+) -> None:
     for i, term in enumerate(kl_terms):
         if term.other_logp.requires_grad:
             raise InputError(f"kl_terms[{i}].other_logp: expected a constant; detach it")
@@ -190,13 +185,3 @@ def _check_extras(obj, kl_terms, weight, dweight_into, process_group, impl) -> N
         check_tensor("dweight_into", dweight_into, f"{V} {D}", dtypes=(wide,), device=weight.device)
         if not weight.requires_grad:
             raise InputError("dweight_into: weight.requires_grad is False, expected None")
-
-
-def _mask_tensor(term: KLTerm, like: torch.Tensor) -> torch.Tensor:
-    return like.new_empty(0, dtype=torch.bool) if term.mask is None else term.mask
-
-
-def _scalar(value: float | torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-    if value is None or isinstance(value, torch.Tensor):
-        return value
-    return torch.tensor(float(value), device=like.device)

@@ -14,15 +14,30 @@ import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
-from fastgrpo.losses.metrics import metric_names
-from fastgrpo.losses.tokens import Scales, Tokens, token_scales
+from fastgrpo.losses.tokens import Scales, Tokens
 from fastgrpo.objective import KLTerm, Objective
-from fastgrpo.ops.grpo_loss import terms_and_stats
+from fastgrpo.ops.grpo_loss import LossCall
 from fastgrpo.ops.linear.head import Chunk, Gradients, Head
 from fastgrpo.ops.select import constant_when_compiled
+
+
+class Projection(NamedTuple):
+    """The checked arguments of a projection, see `linear_logprob`; inv_temperature: (N,)."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    targets: torch.Tensor
+    inv_temperature: torch.Tensor | None
+    softcap: float | None
+    logit_scale: float
+    impl: str
+    workspace_mb: float | None
+    group: str
 
 
 @torch.library.custom_op("fastgrpo::linear_grpo_loss", mutates_args=())
@@ -32,27 +47,15 @@ def linear_grpo_op(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     inv_temperature: torch.Tensor | None,
-    advantages: torch.Tensor,
-    seq_ids: torch.Tensor,
-    mask: torch.Tensor,
-    old_logp: torch.Tensor | None,
-    ref_logp: torch.Tensor | None,
-    rollout_logp: torch.Tensor | None,
-    token_weights: torch.Tensor | None,
-    kl_logps: list[torch.Tensor],
-    kl_masks: list[torch.Tensor],
-    num_tokens: torch.Tensor | None,
-    num_sequences: torch.Tensor | None,
-    num_rows: int,
-    per_sequence: bool,
-    spec: str,
     softcap: float | None,
     logit_scale: float,
-    entropy: bool,
-    need: list[bool],
     impl: str,
     workspace_mb: float | None,
     group: str,
+    columns: list[torch.Tensor],
+    num_rows: int,
+    spec: str,
+    need: list[bool],
 ) -> tuple[
     torch.Tensor,
     torch.Tensor,
@@ -62,63 +65,22 @@ def linear_grpo_op(
     torch.Tensor,
     torch.Tensor,
 ]:
-    """(loss, stats, logp, dhidden, dweight, dbias, overflow count)."""
-    args = locals()
-    return run(**args)
-
-
-def run(
-    hidden, weight, bias, targets, inv_temperature, advantages, seq_ids, mask, old_logp, ref_logp,
-    rollout_logp, token_weights, kl_logps, kl_masks, num_tokens, num_sequences, num_rows,
-    per_sequence, spec, softcap, logit_scale, entropy, need, impl, workspace_mb, group,
-    into=None, into_scale=1.0,
-):  # fmt: skip
-    """The op itself; `into` receives into_scale * dweight instead of a new tensor."""
-    obj, streams, sampled = decode_spec(spec, tuple(kl_logps), tuple(kl_masks))
-    head = Head(weight, bias, softcap, logit_scale, impl, group)
-    wide = head.acc_dtype
-    tokens = Tokens(
-        hidden.new_zeros(len(targets), dtype=wide),
-        advantages,
-        seq_ids,
-        mask,
-        old_logp,
-        ref_logp,
-        rollout_logp,
-        hidden.new_zeros(len(targets), dtype=wide) if entropy else None,
-        token_weights,
-        per_sequence,
-    )
-    scales = token_scales(obj, seq_ids, mask, num_rows, num_tokens, num_sequences, wide)
-    evaluate = terms_and_stats("triton" if impl == "triton" else "reference")
-    loss = _Loss(obj, tokens, scales, num_rows, streams, sampled, evaluate)
-    # Looking for overflow costs a host synchronisation per chunk: on a GPU only on a second try.
-    for safe in (True,) if into is not None or not hidden.is_cuda else (False, True):
-        grads = Gradients(head, hidden, tuple(need), into, into_scale)
-        clamped = _run_blocks(
-            head, hidden, targets, inv_temperature, loss, grads, workspace_mb, safe
-        )
-        if safe or not int(clamped):
-            break
-    names = metric_names(
-        obj, ref_logp is not None, rollout_logp is not None, entropy, len(kl_logps)
-    )
-    value, stats = evaluate(tokens, obj, num_rows, scales, streams, sampled, names)
-    return value, stats, tokens.logp, *grads.finish(), clamped
+    """(loss, stats, logp, dhidden, dweight, dbias, overflow count); columns and spec: `pack`."""
+    head = Projection(
+        hidden, weight, bias, targets, inv_temperature, softcap, logit_scale, impl, workspace_mb,
+        group,
+    )  # fmt: skip
+    return run(head, unpack(columns, spec, num_rows, hidden), need)
 
 
 @linear_grpo_op.register_fake
-def _(hidden, weight, bias, targets, inv_temperature, advantages, seq_ids, mask, old_logp,
-      ref_logp, rollout_logp, token_weights, kl_logps, kl_masks, num_tokens, num_sequences,
-      num_rows, per_sequence, spec, softcap, logit_scale, entropy, need, *_):  # fmt: skip
-    obj, _, _ = decode_spec(spec, tuple(kl_logps), tuple(kl_masks))
-    names = metric_names(
-        obj, ref_logp is not None, rollout_logp is not None, entropy, len(kl_logps)
-    )
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+def _(hidden, weight, bias, targets, inv_t, softcap, scale, impl, workspace, group, columns,
+      num_rows, spec, need):  # fmt: skip
+    call = unpack(columns, spec, num_rows, hidden)
+    wide = call.tokens.logp.dtype
     return (
         hidden.new_empty((), dtype=wide),
-        hidden.new_empty(len(names), 2, dtype=wide),
+        hidden.new_empty(len(call.names), 2, dtype=wide),
         hidden.new_empty(hidden.shape[0], dtype=wide),
         hidden.new_empty(hidden.shape if need[0] else 0, dtype=wide),
         weight.new_empty(weight.shape if need[1] else 0, dtype=wide),
@@ -131,23 +93,23 @@ def _setup_context(ctx, inputs, output) -> None:
     _, stats, logp, dhidden, dweight, dbias, clamped = output
     ctx.save_for_backward(dhidden, dweight, dbias)
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-    ctx.num_kl_terms = len(inputs[12])
+    ctx.num_columns = len(inputs[10])
     ctx.mark_non_differentiable(stats, logp, dhidden, dweight, dbias, clamped)
     # Without this, backward is handed a (V, D) tensor of zeros for the dweight among the outputs.
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dloss, *_):
+    none = (*[None] * 7, [None] * ctx.num_columns, *[None] * 3)
     if dloss is None:
-        return (None,) * 12 + ([None] * ctx.num_kl_terms,) * 2 + (None,) * 12
+        return None, None, None, *none
     grads = [
         scaled(grad, dloss, dtype) if needed else None
         for grad, dtype, needed in zip(
             ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
         )
     ]
-    lists = [None] * ctx.num_kl_terms
-    return (*grads, *[None] * 9, lists, lists, *[None] * 12)
+    return *grads, *none
 
 
 linear_grpo_op.register_autograd(_backward, setup_context=_setup_context)
@@ -161,27 +123,43 @@ def scaled(grad: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return (grad * by.to(grad.dtype)).to(dtype)
 
 
+def run(
+    given: Projection,
+    call: LossCall,
+    need: list[bool],
+    into: torch.Tensor | None = None,
+    into_scale: float = 1.0,
+) -> tuple[torch.Tensor, ...]:
+    """The op itself; `into` receives into_scale * dweight instead of a new tensor."""
+    head = Head(given.weight, given.bias, given.softcap, given.logit_scale, given.impl, given.group)
+    hidden, t = given.hidden, call.tokens
+    entropy = None if t.entropy is None else torch.zeros_like(t.logp)
+    call = call._replace(tokens=t._replace(logp=torch.zeros_like(t.logp), entropy=entropy))
+    loss = _Loss(call, "triton" if given.impl == "triton" and call.obj.loss.kernel else "reference")
+    # Looking for overflow costs a host synchronisation per chunk: on a GPU only on a second try.
+    for safe in (True,) if into is not None or not hidden.is_cuda else (False, True):
+        grads = Gradients(head, hidden, tuple(need), into, into_scale)
+        clamped = _run_blocks(head, given, loss, grads, safe)
+        if safe or not int(clamped):
+            break
+    value, stats = call.loss_and_stats(loss.impl)
+    return value, stats, call.tokens.logp, *grads.finish(), clamped
+
+
 def _run_blocks(
-    head: Head,
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    inv_temperature: torch.Tensor | None,
-    loss: "_Loss",
-    grads: Gradients,
-    workspace_mb: float | None,
-    safe: bool,
+    head: Head, given: Projection, loss: "_Loss", grads: Gradients, safe: bool
 ) -> torch.Tensor:
     """Fill in the log-probs of `loss.tokens` and the gradients; returns the overflow count."""
-    tokens = loss.tokens
-    clamped = hidden.new_zeros((), dtype=torch.int64)
+    tokens, targets, inv_temperature = loss.tokens, given.targets, given.inv_temperature
+    clamped = targets.new_zeros(())
     kept = tokens.mask.nonzero()[:, 0]
     index = None if len(kept) == len(targets) else kept
-    step = head.chunk_rows(len(kept), workspace_mb)
+    step = head.chunk_rows(len(kept), given.workspace_mb)
     buffer = head.buffer(step)
     entropy = tokens.entropy is not None
 
     def chunk(rows: slice | torch.Tensor) -> tuple[Chunk, torch.Tensor, torch.Tensor, object]:
-        x, y = head.rows(hidden, rows), targets[rows]
+        x, y = head.rows(given.hidden, rows), targets[rows]
         inv_t = None if inv_temperature is None else inv_temperature[rows].to(head.acc_dtype)
         c = head.chunk(x, y, inv_t, buffer, entropy, safe)
         tokens.logp[rows] = c.logp
@@ -189,7 +167,7 @@ def _run_blocks(
             tokens.entropy[rows] = c.entropy
         return c, x, y, inv_t
 
-    for block in _blocks(loss, kept, index, step, any(grads.need)):
+    for block in loss.blocks(len(kept), index, step, any(grads.need)):
         parts = [block[i : i + step] for i in range(0, len(block), step)]
         rows_of = [_rows(part, index) for part in parts]
         for rows in rows_of:
@@ -213,59 +191,60 @@ def _rows(part: range, index: torch.Tensor | None) -> slice | torch.Tensor:
     return rows if index is None else index[rows]
 
 
-def _blocks(
-    loss: "_Loss", kept: torch.Tensor, index: torch.Tensor | None, step: int, gradients: bool
-) -> Iterator[range]:
-    """Ranges of kept rows whose gradient depends on no other row; at most `step` if possible."""
-    count = len(kept)
-    if not gradients or not (loss.coupled or loss.global_statistic):
-        for start in range(0, count, step):
-            yield range(start, min(start + step, count))
-        return
-    if loss.global_statistic:
-        if count:
-            yield range(count)
-        return
-    ids = loss.tokens.seq_ids if index is None else loss.tokens.seq_ids[index]
-    start = end = 0
-    for length in torch.bincount(ids).tolist():
-        if end > start and end + length - start > step:
-            yield range(start, end)
-            start = end
-        end += length
-    if end > start:
-        yield range(start, end)
-
-
 class _Loss:
     """The loss of the call, and its gradient for rows that do not depend on the others."""
 
-    def __init__(self, obj, tokens, scales, num_rows, streams, sampled, evaluate) -> None:
-        self.obj, self.tokens, self.scales, self.evaluate = obj, tokens, scales, evaluate
-        self.num_rows, self.streams, self.sampled = num_rows, streams, sampled
-        self.coupled = obj.couples_tokens(tokens.rollout_logp is not None)
-        self.global_statistic = obj.top_entropy_quantile < 1.0
-        self.count = tokens.mask.sum()
+    def __init__(self, call: LossCall, impl: str) -> None:
+        self.call, self.tokens, self.impl = call, call.tokens, impl
+        self.coupled = call.obj.couples_tokens(call.tokens.rollout_logp is not None)
+        self.global_statistic = call.obj.top_entropy_quantile < 1.0
+        self.count = call.tokens.mask.sum()
+
+    def blocks(
+        self, count: int, index: torch.Tensor | None, step: int, gradients: bool
+    ) -> Iterator[range]:
+        """Ranges of the `count` kept rows, at `index`, whose gradient depends on no other row; at
+        most `step` long if possible."""
+        if not gradients or not (self.coupled or self.global_statistic):
+            for start in range(0, count, step):
+                yield range(start, min(start + step, count))
+            return
+        if self.global_statistic:
+            if count:
+                yield range(count)
+            return
+        ids = self.tokens.seq_ids if index is None else self.tokens.seq_ids[index]
+        start = end = 0
+        for length in torch.bincount(ids).tolist():
+            if end > start and end + length - start > step:
+                yield range(start, end)
+                start = end
+            end += length
+        if end > start:
+            yield range(start, end)
 
     def gradient(self, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(dloss/dlogp, dloss/dentropy or None) of the rows, from the log-probs made so far."""
-        t = Tokens(*(x[rows] if isinstance(x, torch.Tensor) else x for x in self.tokens))
-        streams = [
+        call = self.call
+        t = Tokens(*(x[rows] if isinstance(x, torch.Tensor) else x for x in call.tokens))
+        terms = tuple(
             dataclasses.replace(
-                s, other_logp=s.other_logp[rows], mask=None if s.mask is None else s.mask[rows]
+                term,
+                other_logp=term.other_logp[rows],
+                mask=None if term.mask is None else term.mask[rows],
             )
-            for s in self.streams
-        ]
+            for term in call.kl_terms
+        )
         share = t.mask.sum().to(t.logp.dtype) / self.count.clamp(min=1)
-        scales = Scales(self.scales.token[rows], self.scales.entropy * share)
-        bonus = self.obj.entropy_coef != 0.0
+        scales = Scales(call.scales.token[rows], call.scales.entropy * share)
+        bonus = call.obj.entropy_coef != 0.0
         with autograd_allowed():
             leaves = [t.logp.detach().requires_grad_()]
             if bonus:
                 leaves.append(t.entropy.detach().requires_grad_())
             t = t._replace(logp=leaves[0], entropy=leaves[1] if bonus else t.entropy)
-            rest = (self.num_rows, scales, streams, self.sampled, ["policy_loss"])
-            loss, _ = self.evaluate(t, self.obj, *rest)
+            part = call._replace(tokens=t, scales=scales, kl_terms=terms)
+            loss, _ = part.loss_and_stats(self.impl, ["policy_loss"])
             grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
         return grads[0], grads[1] if bonus else None
 
@@ -281,33 +260,47 @@ def autograd_allowed() -> Iterator[None]:
         yield
 
 
-def encode_spec(obj: Objective, kl_terms, sampled_entropy_coef: float) -> str:
-    """What is not a tensor in a call, as a string: custom ops take no other objects."""
-    names = ("coefficient", "estimator", "log_ratio_clamp", "value_clamp")
-    scalars = [[getattr(term, name) for name in names] for term in kl_terms]
-    return _dumps(obj, scalars, sampled_entropy_coef)
+_GIVEN = tuple(name for name in Tokens._fields if name not in ("logp", "entropy", "per_sequence"))
+_KL_NUMBERS = ("coefficient", "estimator", "log_ratio_clamp", "value_clamp")
+
+
+def pack(call: LossCall) -> tuple[list[torch.Tensor], str]:
+    """The tensors of a call, and what is not a tensor as a string: custom ops take no objects."""
+    t = call.tokens
+    present = [name for name in _GIVEN if getattr(t, name) is not None]
+    columns = [*call.scales, *(getattr(t, name) for name in present)]
+    for term in call.kl_terms:
+        columns += [term.other_logp] if term.mask is None else [term.other_logp, term.mask]
+    kl = [
+        [term.mask is not None, *(getattr(term, name) for name in _KL_NUMBERS)]
+        for term in call.kl_terms
+    ]
+    rest = [present, kl, t.entropy is not None, t.per_sequence, call.sampled_entropy_coef]
+    return columns, _dumps(call.obj, rest)
 
 
 @constant_when_compiled
-def _dumps(obj: Objective, kl_scalars: list[list], sampled_entropy_coef: float) -> str:
-    fields = {"objective": dataclasses.asdict(obj), "kl_terms": kl_scalars}
-    return json.dumps(fields | {"sampled_entropy_coef": sampled_entropy_coef})
+def _dumps(obj: Objective, rest: list) -> str:
+    return json.dumps([dataclasses.asdict(obj), *rest])
 
 
-def decode_spec(
-    spec: str, kl_logps: tuple[torch.Tensor, ...], kl_masks: tuple[torch.Tensor, ...]
-) -> tuple[Objective, list[KLTerm], float]:
-    """(objective, KL streams, sampled_entropy_coef); an empty mask tensor stands for no mask."""
-    obj, scalars, sampled = _parse(spec)
-    streams = [
-        KLTerm(logp, *numbers, None if mask.numel() == 0 else mask)
-        for logp, mask, numbers in zip(kl_logps, kl_masks, scalars, strict=True)
-    ]
-    return obj, streams, sampled
+def unpack(columns: list[torch.Tensor], spec: str, num_rows: int, hidden: torch.Tensor) -> LossCall:
+    """The call that `pack` packed, of the rows of `hidden`."""
+    obj, present, kl, entropy, per_sequence, sampled = _parse(spec)
+    column = iter(columns)
+    scales = Scales(next(column), next(column))
+    given = {name: next(column) for name in present}
+    terms = tuple(
+        KLTerm(next(column), *numbers, mask=next(column) if masked else None)
+        for masked, *numbers in kl
+    )
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    to_come = hidden.new_empty(hidden.shape[0], dtype=wide)
+    last = {"entropy": to_come if entropy else None, "per_sequence": per_sequence}
+    return LossCall(Tokens(to_come, **given, **last), obj, num_rows, scales, terms, sampled)
 
 
 @functools.lru_cache(maxsize=64)
-def _parse(spec: str) -> tuple[Objective, list, float]:
-    fields = json.loads(spec)
-    obj = Objective(**fields["objective"])
-    return obj, fields["kl_terms"], fields["sampled_entropy_coef"]
+def _parse(spec: str) -> tuple:
+    fields, *rest = json.loads(spec)
+    return Objective(**fields), *rest

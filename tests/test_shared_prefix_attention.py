@@ -5,11 +5,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import fastgrpo as fg
-from fastgrpo.ops.shared_prefix_attention import (
-    BLOCK_ROWS,
-    prefix_tables,
-    shared_prefix_attention,
-)
+from fastgrpo.ops.prefix_tables import BLOCK_ROWS
+from fastgrpo.ops.shared_prefix_attention import prefix_tables, shared_prefix_attention
 from fastgrpo.packing.layout import GroupLayout
 from fastgrpo.reference.shared_prefix_attention import visible_keys
 
@@ -74,16 +71,60 @@ def test_reference_softcap_flattens_the_logits():
 def test_tables_cover_every_row_once_and_start_with_the_most_work():
     lengths = [(3 * BLOCK_ROWS + 5, [BLOCK_ROWS, 1, 0, BLOCK_ROWS + 1]), (1, []), (9, [2])]
     made = tables(lengths)
-    total = len(made.positions)
-    for order in made.blocks:
-        covered = torch.zeros(total, dtype=torch.int64)
-        for start, _, seg_end, *_ in order.tolist():
-            covered[start : min(start + BLOCK_ROWS, seg_end)] += 1
-        assert (covered == 1).all()
-    start, seg_start, _, _, prefix_len, query_end = made.blocks.long().unbind(2)
-    keys = (prefix_len + start - seg_start)[0]
-    queries = (query_end - start)[1]
-    assert (keys.diff() <= 0).all() and (queries.diff() <= 0).all()
+    covered = torch.zeros(len(made.positions), dtype=torch.int64)
+    for start, _, seg_end, *_ in made.blocks.tolist():
+        covered[start : min(start + BLOCK_ROWS, seg_end)] += 1
+    assert (covered == 1).all()
+    start, seg_start, _, _, prefix_len = made.blocks.long().unbind(1)
+    assert ((prefix_len + start - seg_start).diff() <= 0).all()
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (7, 1), (16, 2)], ids=str)
+@pytest.mark.parametrize("processors", [1, 132])
+def test_items_cover_every_visible_pair_of_rows_and_heads_once(heads, processors):
+    lengths = [(700, [300, 1, 0, 129]), (1, []), (9, [2])]
+    layout = GroupLayout(lengths)
+    segments = torch.tensor(layout.segments)
+    made = prefix_tables(segments, heads=heads, processors=processors)
+    group = heads[0] // heads[1]
+    seen = layout.dense_mask().long()
+    covered = torch.zeros(group, layout.total, layout.total, dtype=torch.int64)
+    work = []
+    for start, seg_end, shift, begin, end, share, shares, _ in made.items.tolist():
+        keys = slice(start, min(start + BLOCK_ROWS, seg_end))
+        assert torch.equal(made.positions[keys], torch.arange(keys.start, keys.stop) + shift)
+        mine = range(share * group // shares, (share + 1) * group // shares)
+        for h in mine:
+            covered[h, begin:end, keys] += 1
+        work.append(-(-group // shares) * (end - begin))
+    assert (covered * seen == seen).all() and covered.max() == 1
+    assert work == sorted(work, reverse=True)
+
+
+def test_items_of_a_cut_block_have_consecutive_slots_of_their_own():
+    segments = torch.tensor(GroupLayout([(700, [300] * 4), (90, [5])]).segments)
+    made = prefix_tables(segments, heads=(14, 2), processors=132)
+    slots = [item[0] for item in made.items.tolist() if item[7] >= 0]
+    assert sorted(item[7] for item in made.items.tolist() if item[7] >= 0) == list(
+        range(made.slots)
+    )
+    by_slot = {item[7]: item[0] for item in made.items.tolist()}
+    for start, _, first, count in made.sums.tolist():
+        assert count > 1 and {by_slot[first + i] for i in range(count)} == {start}
+    assert len(slots) == sum(count for *_, count in made.sums.tolist()) > 0
+
+
+def test_items_are_of_like_size_on_a_large_gpu_and_whole_on_a_small_one():
+    segments = torch.tensor(GroupLayout([(1000, [256] * 8)]).segments)
+    whole = prefix_tables(segments, heads=(28, 4), processors=1)
+    cut = prefix_tables(segments, heads=(28, 4), processors=132)
+    assert whole.slots == 0 and len(whole.sums) == 0 and len(whole.items) == len(whole.blocks)
+
+    def largest(made):
+        *_, begin, end, _, shares, _ = made.items.long().unbind(1)
+        return int(((end - begin) * ((7 + shares - 1) // shares)).max())
+
+    assert largest(whole) == 7 * 3048 and largest(cut) <= 1792
 
 
 def test_tables_do_not_depend_on_the_default_device():
@@ -91,7 +132,9 @@ def test_tables_do_not_depend_on_the_default_device():
     want = prefix_tables(segments)
     with torch.device("meta"):
         got = prefix_tables(segments)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert all(
+        torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(got, want, strict=True)
+    )
 
 
 def test_tables_name_the_last_query_of_every_key():
@@ -99,7 +142,7 @@ def test_tables_name_the_last_query_of_every_key():
     made = tables(LENGTHS)
     seen = layout.dense_mask()
     last = torch.arange(layout.total).expand_as(seen).t().masked_fill(~seen, -1).amax(0)
-    for start, _, seg_end, _, _, query_end in made.blocks[1].tolist():
+    for start, seg_end, _, _, query_end, *_ in made.items.tolist():
         assert (last[start:seg_end] == query_end - 1).all()
     assert torch.equal(made.positions, layout.text_pos)
 

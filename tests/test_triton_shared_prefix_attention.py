@@ -9,6 +9,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import torch
 
+from fastgrpo.ops import prefix_tables as tables_of
 from fastgrpo.ops import shared_prefix_attention as op
 from fastgrpo.reference import shared_prefix_attention as reference
 from fastgrpo.testing import assert_within_budget
@@ -27,7 +28,7 @@ GROUPS = [(17, [16, 1, 5])]  # prompt one over a tile; completions of a tile, on
 @pytest.fixture(autouse=True)
 def _small_entries(monkeypatch):
     """Two tiles per table entry instead of eight: the same code, fewer idle programs."""
-    monkeypatch.setattr(op, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(tables_of, "BLOCK_ROWS", 32)
 
 
 def segments(groups: list[tuple[int, list[int]]]) -> torch.Tensor:
@@ -48,10 +49,11 @@ def check(
     """Output and the three gradients of the kernel within `factor` of same-dtype PyTorch.
 
     cancelling: p is all on one key, so that dq and dk are differences of equal sums. Their error
-    is then not relative to themselves but to their terms, times the logit that exp2 sees again.
+    is then not relative to themselves but to their terms, times the logit that exp2 sees again; so
+    is dv's, since p is not divided by its sum again.
     """
     seg = segments(groups)
-    tables = op.prefix_tables(seg)
+    tables = op.prefix_tables(seg, heads=heads)
     tokens = int(seg[-1, 1]) if len(seg) else 0
     inputs = [spread * torch.randn(tokens, h, head_dim) for h in (heads[0], heads[1], heads[1])]
     inputs = [x.to(dtype) for x in inputs]
@@ -71,10 +73,11 @@ def check(
     ours = run(lambda *x: op.shared_prefix_attention(*x, tables, impl="triton", **options), inputs)
     for name, a, b, c in zip(("out", "dq", "dk", "dv"), ours, ref, same, strict=True):
         assert a.dtype == dtype
-        if cancelling and name in ("dq", "dk"):
-            q, k, v = (x.double().abs() for x in inputs)
+        if cancelling and name != "out":
+            q, k, v, g = (x.double().abs() for x in (*inputs, dout))
             logit = scale * (q.sum(-1).max() * k.max())
-            term = scale * dout.double().abs().sum(-1).max() * v.max() * torch.maximum(q, k).max()
+            term = scale * g.sum(-1).max() * v.max() * torch.maximum(q, k).max()
+            term = g.sum((0, 1)).max() if name == "dv" else term
             c = b + torch.finfo(dtype).eps * (1 + logit) * term
         assert_within_budget(a, b, c, factor=factor, what=name)
     return ours
@@ -98,7 +101,29 @@ def test_triton_matches_reference_for_every_head_ratio(heads):
     check([(9, [4, 3])], heads=heads)
 
 
-@pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    "heads, by_heads, by_rows, options",
+    [
+        ((3, 1), True, False, {}),
+        ((2, 1), True, True, {"window": 21, "softcap": 2.0}),
+        ((1, 1), False, True, {}),
+    ],
+)
+def test_triton_keys_cut_into_items(monkeypatch, heads, by_heads, by_rows, options):
+    monkeypatch.setattr(tables_of, "SMALLEST_ITEM", 32)
+    groups = [(33, [20])]
+    items = op.prefix_tables(segments(groups), heads=heads, processors=1).items
+    start, _, _, begin, _, _, shares, slot = items.unbind(1)
+    assert (bool((shares > 1).any()), bool((begin > start).any())) == (by_heads, by_rows)
+    assert bool((slot < 0).any())  # and whole blocks beside them
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        results.append(check(groups, heads=heads, **options))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 80, 96, 128, 256])
 def test_triton_matches_reference_for_every_head_dim(head_dim):
     check([(18, [3])], heads=(1, 1), head_dim=head_dim)
 
@@ -224,7 +249,7 @@ def test_triton_op_passes_opcheck():
     q, k, v = (torch.randn(7, 1, 16, requires_grad=True) for _ in range(3))
     torch.library.opcheck(
         shared_prefix_attention_op,
-        (q, k, v, tables.blocks, tables.positions, op.BLOCK_ROWS, 0.25, 0, 0.0),
+        (q, k, v, *tables[1:], 0.25, 0, 0.0),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
@@ -234,9 +259,7 @@ def test_triton_refuses_a_gradient_through_lse():
 
     tables = op.prefix_tables(segments([(5, [2])]))
     q = torch.randn(7, 1, 16, requires_grad=True)
-    _, lse = shared_prefix_attention_op(
-        q, q, q, tables.blocks, tables.positions, op.BLOCK_ROWS, 0.25, 0, 0.0
-    )
+    _, lse = shared_prefix_attention_op(q, q, q, *tables[1:], 0.25, 0, 0.0)
     with pytest.raises(AssertionError, match="lse"):
         lse.sum().backward()
 

@@ -20,13 +20,15 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout, *, scale, window=None) -> Tensor:
     """As `dense.attend`; no gather and no (T, T) mask, bitwise repeatable gradients."""
+    tables = _tables(layout, (query.shape[1], key.shape[1]))
     return shared_prefix_attention(
-        query, key, value, _tables(layout), scale=scale, window=window, impl="triton"
+        query, key, value, tables, scale=scale, window=window, impl="triton"
     )
 
 
-def _tables(layout) -> PrefixTables:
-    if "prefix_tables" not in layout.cache:
+def _tables(layout, heads: tuple[int, int]) -> PrefixTables:
+    found = layout.cache.setdefault("prefix_tables", {})
+    if heads not in found:
         segments = torch.tensor(layout.segments, dtype=torch.int64, device="cpu")
-        layout.cache["prefix_tables"] = prefix_tables(segments, layout.kv_index.device)
-    return layout.cache["prefix_tables"]
+        found[heads] = prefix_tables(segments, layout.kv_index.device, heads=heads)
+    return found[heads]

@@ -3,92 +3,17 @@
 Letters: T packed tokens, S segments, H query heads, K key/value heads, D head dimension.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from fastgrpo.checks import check_positive, check_tensor
 from fastgrpo.errors import InputError
+from fastgrpo.ops.prefix_tables import PrefixTables, prefix_tables
 from fastgrpo.ops.select import select
 from fastgrpo.reference import shared_prefix_attention as reference
 
-BLOCK_ROWS = 128  # rows of one entry of the work table; the kernels' tiles divide it
+__all__ = ["PrefixTables", "prefix_tables", "shared_prefix_attention", "unsupported"]
+
 MAX_HEAD_DIM = 256
-
-
-class PrefixTables(NamedTuple):
-    """A layout as the kernels read it, built once per layout by `prefix_tables`.
-
-    segments (S, 4) int64: start, end, prefix_start, prefix_end of each run of rows.
-    blocks (2, B, 6) int32: entries start, seg_start, seg_end, prefix_start, prefix_len, query_end
-    of at most BLOCK_ROWS rows, heaviest first: [0] ordered for queries, [1] for keys.
-    positions (T,) int32: text position of each row (a completion continues its prompt's).
-    """
-
-    segments: torch.Tensor
-    blocks: torch.Tensor
-    positions: torch.Tensor
-
-
-def prefix_tables(segments: torch.Tensor, device: torch.device | str | None = None) -> PrefixTables:
-    """The tables of a packed row of groups [prompt, completion, ...].
-
-    segments (S, 4) int64: start, end, prefix_start, prefix_end. Segments tile the rows in order
-    and may be empty. A completion's prefix is a whole earlier segment that itself has none, with
-    nothing between the two but other completions of it; a prompt has prefix_start == prefix_end.
-    Raises InputError naming the segment that breaks this. Reads `segments` on the host: build
-    tables once per layout, not per layer.
-    """
-    check_tensor("segments", segments, "S 4", dtypes=(torch.int64, torch.int32))
-    device = segments.device if device is None else device
-    seg = segments.detach().to("cpu", torch.int64)
-    owner = _check_segments(seg)
-    start, end, prefix_start, prefix_end = seg.unbind(1)
-    length, prefix_len = end - start, prefix_end - prefix_start
-    # Rows from a prompt's key to the end of its group see that key: one run, no gaps.
-    query_end = end.clone()
-    query_end.scatter_reduce_(0, owner, end, "amax")
-
-    each = torch.arange(len(seg), device="cpu")
-    count = (length + BLOCK_ROWS - 1) // BLOCK_ROWS
-    of = torch.repeat_interleave(each, count)
-    nth = torch.arange(len(of), device="cpu") - (torch.cumsum(count, 0) - count)[of]
-    row = start[of] + nth * BLOCK_ROWS
-    table = torch.stack(
-        [row, start[of], end[of], prefix_start[of], prefix_len[of], query_end[of]], 1
-    )
-    by_query = torch.argsort(prefix_len[of] + row - start[of], descending=True, stable=True)
-    by_key = torch.argsort(query_end[of] - row, descending=True, stable=True)
-    token = torch.repeat_interleave(each, length)
-    positions = torch.arange(len(token), device="cpu") - start[token] + prefix_len[token]
-    return PrefixTables(
-        segments=seg.to(device),
-        blocks=torch.stack([table[by_query], table[by_key]]).to(device, torch.int32),
-        positions=positions.to(device, torch.int32),
-    )
-
-
-def _check_segments(seg: torch.Tensor) -> torch.Tensor:
-    """For each segment the one whose keys it extends (its prefix, or itself); InputError if bad."""
-    owners, expected, current = [], 0, -1
-    rows = seg.tolist()
-    for i, (start, end, prefix_start, prefix_end) in enumerate(rows):
-        if start != expected or end < start:
-            raise InputError(
-                f"segments: row {i} is [{start}, {end}), expected to start at {expected} and not "
-                "to end before that: segments tile the packed row in order"
-            )
-        if prefix_start == prefix_end:
-            current = i
-        elif current < 0 or [prefix_start, prefix_end] != rows[current][:2]:
-            before = "nothing" if current < 0 else f"rows {rows[current][:2]}"
-            raise InputError(
-                f"segments: row {i} has prefix [{prefix_start}, {prefix_end}), expected the prompt "
-                f"before it ({before})"
-            )
-        owners.append(current)
-        expected = end
-    return torch.tensor(owners, dtype=torch.int64, device="cpu")
 
 
 def unsupported(dtype: torch.dtype, head_dim: int) -> str | None:
@@ -147,7 +72,5 @@ def shared_prefix_attention(
         raise InputError(f"impl: the triton kernel {reason}; ask for impl='reference'")
     from fastgrpo_kernels.shared_prefix_attention import shared_prefix_attention_op
 
-    out, _ = shared_prefix_attention_op(
-        q, k, v, tables.blocks, tables.positions, BLOCK_ROWS, scale, window or 0, softcap or 0.0
-    )
+    out, _ = shared_prefix_attention_op(q, k, v, *tables[1:], scale, window or 0, softcap or 0.0)
     return out

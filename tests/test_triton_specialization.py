@@ -20,6 +20,7 @@ from fastgrpo_kernels.group_advantages import group_advantages
 from fastgrpo_kernels.grpo_loss import grpo_terms
 from fastgrpo_kernels.linear_kl import kl_of_logits, logit_gradients_
 from fastgrpo_kernels.offset_exp import offset_exp
+from fastgrpo_kernels.shared_prefix_attention import shared_prefix_attention_op
 from fastgrpo_kernels.token_kl import token_kl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
@@ -27,6 +28,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastgrpo.losses.tokens import Scales, Tokens
 from fastgrpo.objective import Objective
+from fastgrpo.ops import prefix_tables
+from fastgrpo.packing.layout import GroupLayout
 
 
 @pytest.fixture
@@ -135,3 +138,27 @@ def test_every_variant_sums_a_row_over_one_layout(stem):
         assert reduced
         layouts |= {blocked[name] for name in reduced}
     assert len(layouts) == 1, layouts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_prefix_attention_compiles_each_kernel_once(keys, monkeypatch, dtype):
+    monkeypatch.setattr(prefix_tables, "SMALLEST_ITEM", 64)
+    for lengths, processors, offset, scale in (
+        ([(1, [])], 1, 0, 1.0),
+        ([(200, [30, 1])], 1, 1, 0.1),  # blocks of keys cut into parts, inputs that are not aligned
+        ([(128, [16] * 4), (3, [5])], 8, 8, 2.0),
+        ([(257, [129, 1, 0]), (16, [])], 3, 24, 0.3),
+    ):
+        segments = torch.tensor(GroupLayout(lengths).segments)
+        tables = prefix_tables.prefix_tables(segments, heads=(4, 2), processors=processors)
+        size = int(segments[-1, 1]) * 8 * 16
+        qkv = torch.zeros(size + 24, dtype=dtype)[offset:][:size].view(-1, 8, 16)
+        q, k, v = (x.requires_grad_() for x in qkv.split((4, 2, 2), 1))
+        out = shared_prefix_attention_op(q, k, v, *tables[1:], scale, 0, 0.0)[0]
+        out.backward(torch.ones_like(out))
+    assert sorted(name for name, *_ in keys) == [
+        "_shared_prefix_dkv_kernel",
+        "_shared_prefix_dq_kernel",
+        "_shared_prefix_fwd_kernel",
+        "_shared_prefix_sum_kernel",
+    ]

@@ -17,6 +17,7 @@ from fastgrpo.integrations.trl.rows import (  # noqa: E402
     scorable,
     without_gradient,
 )
+from fastgrpo.models import families  # noqa: E402
 
 PAD = 9
 
@@ -31,10 +32,15 @@ def batch(prompts, completions):
     return torch.tensor(ids), torch.tensor(mask), columns
 
 
+def read(ids, mask, columns, fields=None, **kwargs):
+    family = families()["qwen2_5_vl"]
+    return read_rows(ids, mask, columns, family, fields or {}, **kwargs)
+
+
 def test_rows_are_cut_by_the_mask_not_by_the_pad_id():
     prompts = [[1, PAD, 2], [PAD, PAD, 3, 4], [5]]
     completions = [[PAD, 6], [7, PAD, PAD], []]
-    rows = read_rows(*batch(prompts, completions))
+    rows = read(*batch(prompts, completions))
     assert [p.tolist() for p in rows.prompts] == prompts
     assert [c.tolist() for c in rows.completions] == completions
     members = scorable(rows)
@@ -46,25 +52,21 @@ def test_rows_are_cut_by_the_mask_not_by_the_pad_id():
 def test_a_truncated_completion_masked_by_trl_is_an_empty_one():
     ids, mask, columns = batch([[1, 2], [1, 2]], [[3, 4, 5], [3, 4, 5]])
     mask[1, 2:] = 0
-    assert scorable(read_rows(ids, mask, columns)) == [0]
+    assert scorable(read(ids, mask, columns)) == [0]
 
 
 def test_a_hole_in_a_completion_is_refused():
     ids, mask, columns = batch([[1, 2], [1, 2]], [[3, 4, 5], [3, 4, 5]])
     mask[1, 3] = 0
     with pytest.raises(InputError, match="row 1: .*hole"):
-        read_rows(ids, mask, columns)
+        read(ids, mask, columns)
 
 
 def test_vision_is_cut_by_images_per_row():
     grids = torch.tensor([[1, 2, 2], [1, 4, 2], [1, 2, 6]])
     pixels = torch.arange(24.0)[:, None]
-    rows = read_rows(
-        *batch([[1]] * 4, [[2]] * 4),
-        pixel_values=pixels,
-        image_grid_thw=grids,
-        num_images=[1, 0, 2, 0],
-    )
+    fields = dict(pixel_values=pixels, image_grid_thw=grids)
+    rows = read(*batch([[1]] * 4, [[2]] * 4), fields, num_images=[1, 0, 2, 0])
     assert [v["pixel_values"].flatten().tolist() if v else None for v in rows.vision] == [
         [0.0, 1.0, 2.0, 3.0],
         None,
@@ -78,20 +80,19 @@ def test_a_batch_of_text_rows_with_empty_pixels_has_no_vision():
     empty = dict(
         pixel_values=torch.zeros(0, 3),
         image_grid_thw=torch.zeros(0, 3, dtype=torch.long),
-        num_images=[0, 0],
     )
-    assert read_rows(*batch([[1]] * 2, [[2]] * 2), **empty).vision == [{}, {}]
+    assert read(*batch([[1]] * 2, [[2]] * 2), empty, num_images=[0, 0]).vision == [{}, {}]
 
 
 def test_another_layout_of_pixels_and_images_of_a_tool_are_refused():
     with pytest.raises(InputError, match="pixel_values"):
-        read_rows(*batch([[1]], [[2]]), pixel_values=torch.zeros(2, 3, 4, 4), num_images=[2])
+        read(*batch([[1]], [[2]]), dict(pixel_values=torch.zeros(2, 3, 4, 4)), num_images=[2])
     with pytest.raises(InputError, match="tool"):
-        read_rows(*batch([[1]], [[2]]), mm_token_type_ids=torch.tensor([[0, 1]]))
+        read(*batch([[1]], [[2]]), mm_token_type_ids=torch.tensor([[0, 1]]))
 
 
 def test_scatter_puts_values_in_their_rows_zeros_elsewhere_and_passes_gradients():
-    rows = read_rows(*batch([[1]] * 4, [[2, 3], [], [4, 5, 6], [7]]))
+    rows = read(*batch([[1]] * 4, [[2, 3], [], [4, 5, 6], [7]]))
     members = scorable(rows)
     values = [torch.tensor(v, requires_grad=True) for v in ([1.0, 2.0], [3.0, 4.0, 5.0], [6.0])]
     padded = scatter(values, members, rows)
@@ -102,7 +103,7 @@ def test_scatter_puts_values_in_their_rows_zeros_elsewhere_and_passes_gradients(
 
 
 def test_scatter_of_nothing_is_zero():
-    rows = read_rows(*batch([[1], [2]], [[], []]))
+    rows = read(*batch([[1], [2]], [[], []]))
     assert scatter([], [], rows).shape == (2, 0)
 
 
@@ -140,19 +141,17 @@ def test_groups_that_straddle_processes_are_planned_too():
 
 
 def test_only_prompts_without_any_weight_need_no_gradient():
-    rows = read_rows(*batch([[1], [1], [2], [2], [3]], [[4]] * 4 + [[]]))
+    rows = read(*batch([[1], [1], [2], [2], [3]], [[4]] * 4 + [[]]))
     weightless = [True, False, True, True, True]
     assert without_gradient(rows, scorable(rows), weightless) == [2, 3]
 
 
 def test_a_row_is_scored_with_weight_zero_when_trl_would_reach_more_parameters():
-    images = dict(
-        pixel_values=torch.zeros(4, 3), image_grid_thw=torch.tensor([[1, 2, 2]]), num_images=[0, 1]
-    )
-    rows = read_rows(*batch([[1], [2]], [[3], [4]]), **images)
+    images = dict(pixel_values=torch.zeros(4, 3), image_grid_thw=torch.tensor([[1, 2, 2]]))
+    rows = read(*batch([[1], [2]], [[3], [4]]), images, num_images=[0, 1])
     assert anchor_group(rows, [0, 1]) == anchor_group(rows, [1]) == []
     for members in ([0], []):  # no scored row has an image, but TRL's forward sees one
         (group,) = anchor_group(rows, members)
         assert group.prompt_ids.tolist() == [2] and group.vision
-    text = read_rows(*batch([[1], [2]], [[], []]))
+    text = read(*batch([[1], [2]], [[], []]))
     assert [group.prompt_ids.tolist() for group in anchor_group(text, [])] == [[1]]

@@ -202,7 +202,8 @@ def find_reward(name: str, compat: str = "fixed") -> Callable:
 
 
 def _vision_tower(model):
-    tower = getattr(getattr(Adapter(model).core, "model", None), "visual", None)
+    adapter = Adapter(model)
+    tower = adapter.family.tower(adapter.core)
     if tower is None:
         raise InputError("freeze_vision: the model has no vision tower")
     return tower

@@ -69,8 +69,8 @@ def row_images(adapter: Adapter, row: PackedRow, store: FeatureStore):
     """The vision arguments of the forward: each distinct image that is not in the store yet."""
     if not row.image_ids:
         # A rank without images joins the other ranks in the tower's collectives.
-        idle = adapter.family.images and distributed()
-        with idle_tower(adapter.core) if idle else contextlib.nullcontext({}) as inputs:
+        idle = adapter.family.vision_inputs and distributed()
+        with idle_tower(adapter) if idle else contextlib.nullcontext({}) as inputs:
             yield inputs
         return
     encoded = store.missing(row.image_ids)
@@ -78,5 +78,5 @@ def row_images(adapter: Adapter, row: PackedRow, store: FeatureStore):
     if encoded == row.image_ids and store.keep.isdisjoint(encoded):
         yield inputs
         return
-    with shared_features(adapter.core, row.image_ids, encoded, store):
+    with shared_features(adapter, row.images, row.image_ids, encoded, store):
         yield inputs

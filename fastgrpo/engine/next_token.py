@@ -55,7 +55,7 @@ def prompt_passes(
         check_prompt(adapter, group)
     parts = [Part(group, [], []) for group in groups]
     index = {id(part): i for i, part in enumerate(parts)}
-    images = Images(groups)
+    images = Images(adapter.family, groups)
     rows = [
         (PackedRow(adapter, members, groups, chosen, images=images, neutral_id=None), members)
         for members in plan_rows(parts, max_tokens)

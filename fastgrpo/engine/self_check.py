@@ -87,13 +87,11 @@ def _plain_logp(adapter: Adapter, group: Group, completion: Tensor) -> Tensor:
     device = adapter.device
     ids = torch.cat([group.prompt_ids, completion])[None].to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    if adapter.family.images:
-        image, video = adapter.placeholders
-        inputs["mm_token_type_ids"] = (ids == image).int() + 2 * (ids == video).int()
-        if group.vision:
-            inputs |= {key: group.vision[key].to(device) for key in adapter.family.images}
-    idle = "pixel_values" not in inputs and adapter.family.images and distributed()
-    with idle_tower(adapter.core) if idle else contextlib.nullcontext({}) as images:
+    given = adapter.family.stock_inputs(adapter.config, ids, group.vision)
+    inputs |= {key: value.to(device) for key, value in given.items()}
+    has_images = adapter.family.has_images(group.vision)
+    idle = adapter.family.vision_inputs and not has_images and distributed()
+    with idle_tower(adapter) if idle else contextlib.nullcontext({}) as images:
         output = adapter.root(**inputs, **images, logits_to_keep=completion.numel() + 1)
     logits = (output.logits if hasattr(output, "logits") else output[0])[0, :-1]
     wide = logits if logits.dtype == torch.float64 else logits.float()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastgrpo import attention
 from fastgrpo.errors import InputError
-from fastgrpo.models.families import family_of
+from fastgrpo.models.registry import family_of
 
 
 class Adapter:
@@ -26,12 +26,7 @@ class Adapter:
         self.head = self.core.get_output_embeddings()
         if self.head is None:
             raise InputError(f"{type(self.core).__name__} has no lm_head; load the model with one")
-        if self.family.images:
-            vision = self.config.vision_config
-            self.merge = vision.spatial_merge_size
-            self.placeholders = (self.config.image_token_id, self.config.video_token_id)
-        else:
-            self.merge, self.placeholders = 1, ()
+        self.placeholders = self.family.placeholders(self.config)
 
     @property
     def device(self) -> torch.device:
@@ -49,24 +44,12 @@ class Adapter:
         return attention.choose_backend(backend, self.device, self._compute_dtype(), head_dim)
 
     def prompt_positions(self, prompt_ids: Tensor, vision: dict[str, Tensor]) -> Tensor:
-        """(3, P) positions of one prompt for an M-RoPE family, else (1, P)."""
-        count = prompt_ids.numel()
-        if not self.family.mrope:
-            return torch.arange(count, device=prompt_ids.device)[None]
-        if not vision:
-            return torch.arange(count, device=prompt_ids.device).expand(3, -1)
-        image, video = self.placeholders
-        kind = (prompt_ids == image).int() + 2 * (prompt_ids == video).int()
-        positions, _ = self.core.model.get_rope_index(
-            input_ids=prompt_ids[None],
-            mm_token_type_ids=kind[None],
-            image_grid_thw=vision["image_grid_thw"],
-        )
-        return positions[:, 0]
+        """(A, P) positions of one prompt, A = 3 for an M-RoPE family, else 1."""
+        return self.family.positions(self.core, prompt_ids, vision)
 
     def tower_is_constant(self) -> bool:
         """Whether the vision tower is frozen and has no adapter, so features can be kept."""
-        tower = getattr(getattr(self.core, "model", None), "visual", None)
+        tower = self.family.tower(self.core)
         return tower is not None and not any(
             p.requires_grad or "lora_" in name or "modules_to_save" in name
             for name, p in tower.named_parameters()

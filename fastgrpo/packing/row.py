@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.errors import InputError
+from fastgrpo.models.family import TEXT_OUTPUTS
 from fastgrpo.packing.group import Group
 from fastgrpo.packing.layout import GroupLayout
 from fastgrpo.packing.planner import Part
@@ -45,7 +46,7 @@ class PackedRow:
         ids, positions, targets = [], [], []
         for part in parts:
             prompt = part.group.prompt_ids
-            where = adapter.prompt_positions(prompt.cpu(), _grids(part.group))
+            where = adapter.prompt_positions(prompt.cpu(), part.group.vision)
             # Completions go on where the prompt ended on the widest axis, not at its length: an
             # image of h x w tokens advances the positions by max(h, w).
             following = int(where.max()) + 1
@@ -58,8 +59,8 @@ class PackedRow:
                 after = torch.arange(following, following + fed.numel())
                 positions.append(after.expand(where.shape[0], -1))
         position_ids = torch.cat(positions, 1)
-        if adapter.family.mrope:
-            position_ids = position_ids[:, None]  # (3, 1, T)
+        if adapter.family.axes > 1:
+            position_ids = position_ids[:, None]  # (A, 1, T)
         self.targets = (
             torch.cat(targets) if targets else torch.zeros(0, dtype=torch.int64, device=device)
         )
@@ -73,7 +74,9 @@ class PackedRow:
             "logits_to_keep": self.layout.keep_rows,
             "use_cache": False,
         }
-        self.images = Images([part.group for part in parts]) if images is None else images
+        if images is None:
+            images = Images(adapter.family, [part.group for part in parts])
+        self.images = images
         self.image_ids = [i for part in parts for i in self.images.ids_of(part.group)]
 
     @property
@@ -89,51 +92,45 @@ def check_prompt(adapter, group: Group) -> None:
     for name, ids in zip(names, [group.prompt_ids, *group.completions], strict=True):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise InputError(f"{group.name}: {name} has an id outside [0, {vocabulary})")
-    wanted = adapter.family.images
-    given = [key for key in group.vision if key not in ("mm_token_type_ids", "attention_mask")]
-    if not wanted:
+    _check_images(adapter, group)
+
+
+def _check_images(adapter, group: Group) -> None:
+    family = adapter.family
+    given = [key for key in group.vision if key not in TEXT_OUTPUTS]
+    if not family.vision_inputs:
         if given:
-            raise InputError(f"{group.name}: images given to text model {adapter.family.name!r}")
+            raise InputError(f"{group.name}: images given to text model {family.name!r}")
         return
     for key in given:
-        if key not in wanted:
-            why = "videos are not served" if "video" in key else f"expected {list(wanted)}"
+        if key not in family.vision_inputs:
+            expected = f"expected {list(family.vision_inputs)}"
+            why = "videos are not served" if "video" in key else expected
             raise InputError(f"{group.name}: vision[{key!r}] is not understood; {why}")
-    image, video = adapter.placeholders
-    if bool((group.prompt_ids == video).any()):
+    image, *others = adapter.placeholders
+    if bool(torch.isin(group.prompt_ids, torch.tensor(others)).any()):
         raise InputError(f"{group.name}: prompt_ids has video placeholders; videos are not served")
     runs = _runs(group.prompt_ids == image)
-    if given:
-        _check_images(group, wanted, runs, adapter.merge)
-    elif runs:
-        raise InputError(
-            f"{group.name}: prompt_ids has {sum(runs)} image tokens, vision has no images"
-        )
-
-
-def _check_images(group: Group, wanted: Sequence[str], runs: list[int], merge: int) -> None:
-    for key in wanted:
+    if not given:
+        if runs:
+            raise InputError(
+                f"{group.name}: prompt_ids has {sum(runs)} image tokens, vision has no images"
+            )
+        return
+    for key in family.vision_inputs:
         if key not in group.vision:
             raise InputError(f"{group.name}: vision lacks {key!r}")
-    grid, pixels = group.vision["image_grid_thw"], group.vision["pixel_values"]
-    if grid.ndim != 2 or grid.shape[1] != 3:
-        raise InputError(f"{group.name}: image_grid_thw must be (n, 3), not {tuple(grid.shape)}")
-    patches = grid.prod(1)
-    if int(patches.sum()) != len(pixels):
-        raise InputError(
-            f"{group.name}: image_grid_thw counts {int(patches.sum())} patches, pixel_values has "
-            f"{len(pixels)}"
-        )
-    features = (patches // merge**2).tolist()
-    if runs != features:
+    try:
+        family.check_vision(group.vision)
+    except InputError as error:
+        raise InputError(f"{group.name}: {error}") from None
+    images = family.split_images(group.vision)
+    features = [family.image_tokens(part, adapter.config) for part in images]
+    if not family.fits(runs, features):
         raise InputError(
             f"{group.name}: image tokens and image features do not match: prompt_ids has "
             f"{sum(runs)} tokens in runs {runs}, vision has {sum(features)} features {features}"
         )
-
-
-def _grids(group: Group) -> dict[str, Tensor]:
-    return {k: v.cpu() for k, v in group.vision.items() if k == "image_grid_thw"}
 
 
 def _runs(flags: Tensor) -> list[int]:

@@ -21,6 +21,7 @@ from fastgrpo.judges import (
     ImplicitProcessReward,
     SecondPass,
 )
+from fastgrpo.models.family import TEXT_OUTPUTS
 from fastgrpo.packing import Group
 from fastgrpo.rewards.registry import completion_text
 from fastgrpo.rewards.text import between
@@ -56,7 +57,7 @@ def encode(processor, messages: list[dict], images: Sequence = (), *, reply: str
     text += reply or ""
     if images:
         data = processor(text=[text], images=list(images), return_tensors="pt")
-        vision = {k: data[k] for k in ("pixel_values", "image_grid_thw")}
+        vision = {key: value for key, value in data.items() if key not in TEXT_OUTPUTS}
         return Group(data["input_ids"][0], [], vision)
     tokenizer = getattr(processor, "tokenizer", processor)
     return Group(tokenizer(text, return_tensors="pt")["input_ids"][0], [])

@@ -116,8 +116,8 @@ def _decode(adapter, state, logits, position, sampling, ends, generator):
         if step + 1 == steps or not running.any():
             break
         where = position + step
-        if adapter.family.mrope:
-            where = where.expand(3, 1, -1)
+        if adapter.family.axes > 1:
+            where = where.expand(adapter.family.axes, 1, -1)
         inputs = {
             "input_ids": token[None],
             "position_ids": where if where.ndim == 3 else where[None],

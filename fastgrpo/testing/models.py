@@ -8,22 +8,23 @@ ordinary forward per (prompt, completion).
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from fastgrpo.models.registry import families
 from fastgrpo.packing.group import Group
 
-VLM_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-TEXT_FAMILIES = ("qwen2", "qwen3", "llama")
-FAMILIES = VLM_FAMILIES + TEXT_FAMILIES
+FAMILIES = tuple(families())
+VLM_FAMILIES = tuple(name for name, family in families().items() if family.vision_inputs)
+TEXT_FAMILIES = tuple(name for name in FAMILIES if name not in VLM_FAMILIES)
 
 VOCAB, TEXT_VOCAB = 128, 90
 IMAGE_ID, VIDEO_ID, VISION_START_ID, VISION_END_ID = 101, 102, 103, 104
-
+_IDS = dict(image=IMAGE_ID, video=VIDEO_ID, vision_start=VISION_START_ID, vision_end=VISION_END_ID)
 _TEXT = dict(
     hidden_size=32,
     intermediate_size=48,
@@ -34,60 +35,13 @@ _TEXT = dict(
     max_position_embeddings=4096,
     rope_parameters={"rope_type": "default", "rope_theta": 1e4},
 )
-_VISION = dict(depth=3, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, num_heads=2)
 
 
 def tiny_config(family: str, *, text: dict | None = None, vision: dict | None = None, **top):
     """A small config of one family; `text` and `vision` override fields of the sub-configs, `top`
     of the whole.
     """
-    import transformers
-
-    text = _TEXT | (text or {})
-    if family in TEXT_FAMILIES:
-        cls = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "LlamaConfig"}[family]
-        if family == "qwen3":
-            text = {"head_dim": 8} | text
-        return getattr(transformers, cls)(**text, **top)
-    head_dim = text["hidden_size"] // text["num_attention_heads"]
-    section = [head_dim // 2 - 2 * (head_dim // 2 * 3 // 8)] + 2 * [head_dim // 2 * 3 // 8]
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": section}
-    if family == "qwen3_vl":
-        text = {"head_dim": head_dim} | text
-        rope["mrope_interleaved"] = True
-    if "mrope_section" not in text["rope_parameters"]:
-        text = text | {"rope_parameters": rope}
-    hidden = text["hidden_size"]
-    extra = {
-        "qwen2_vl": dict(embed_dim=16, hidden_size=hidden, mlp_ratio=2),
-        "qwen2_5_vl": dict(
-            hidden_size=16,
-            intermediate_size=24,
-            out_hidden_size=hidden,
-            window_size=16,
-            fullatt_block_indexes=[1],
-        ),
-        "qwen3_vl": dict(
-            hidden_size=16,
-            intermediate_size=24,
-            out_hidden_size=hidden,
-            num_position_embeddings=64,
-            deepstack_visual_indexes=[0, 2],
-        ),
-    }[family]
-    cls = {
-        "qwen2_vl": "Qwen2VLConfig",
-        "qwen2_5_vl": "Qwen2_5_VLConfig",
-        "qwen3_vl": "Qwen3VLConfig",
-    }[family]
-    ids = dict(
-        image_token_id=IMAGE_ID,
-        video_token_id=VIDEO_ID,
-        vision_start_token_id=VISION_START_ID,
-        vision_end_token_id=VISION_END_ID,
-    )
-    vision = _VISION | extra | (vision or {})
-    return getattr(transformers, cls)(text_config=text, vision_config=vision, **(ids | top))
+    return families()[family].tiny_config(_TEXT | (text or {}), vision or {}, _IDS, **top)
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 1, **config):
@@ -96,16 +50,11 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 1
     """
     import transformers
 
-    cls = {
-        "qwen2_vl": "Qwen2VLForConditionalGeneration",
-        "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-        "qwen3_vl": "Qwen3VLForConditionalGeneration",
-        "qwen2": "Qwen2ForCausalLM",
-        "qwen3": "Qwen3ForCausalLM",
-        "llama": "LlamaForCausalLM",
-    }[family]
+    auto = transformers.AutoModelForCausalLM
+    if families()[family].vision_inputs:
+        auto = transformers.AutoModelForImageTextToText
     with torch.random.fork_rng():
-        model = getattr(transformers, cls)(tiny_config(family, **config))
+        model = auto.from_config(tiny_config(family, **config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -127,31 +76,21 @@ def synthetic_group(
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> Group:
-    """A random group: images of (height, width) patches, `text` leading tokens, completions of
-    these lengths.
+    """A random group: images of (height, width) in the family's units, `text` leading tokens,
+    completions of these lengths.
     """
 
     def random_ids(count: int) -> list[int]:
         return torch.randint(0, TEXT_VOCAB, (count,), generator=generator).tolist()
 
-    ids, vision = random_ids(text), {}
-    if images:
-        cfg = model.config.vision_config
-        for h, w in images:
-            ids += (
-                [VISION_START_ID]
-                + [IMAGE_ID] * (h * w // cfg.spatial_merge_size**2)
-                + [VISION_END_ID]
-            )
-            ids += random_ids(3)
-        width = cfg.in_channels * cfg.temporal_patch_size * cfg.patch_size**2
-        pixels = torch.randn(
-            sum(h * w for h, w in images), width, generator=generator, dtype=torch.float64
-        )
-        vision = {
-            "pixel_values": pixels.to(dtype),
-            "image_grid_thw": torch.tensor([[1, h, w] for h, w in images]),
-        }
+    ids, vision, family = random_ids(text), {}, families()[model.config.model_type]
+    blanks = [family.blank_image(model.config, size) for size in images]
+    for blank in blanks:
+        ids += family.image_text(blank, model.config) + random_ids(3)
+    if blanks:
+        vision = family.join_images(blanks)
+        pixels = torch.randn(vision["pixel_values"].shape, generator=generator, dtype=torch.float64)
+        vision["pixel_values"] = pixels.to(dtype)
     completions = [torch.tensor(random_ids(n), dtype=torch.int64) for n in lengths]
     advantages = torch.randn(len(lengths), generator=generator, dtype=torch.float64).to(dtype)
     return Group(torch.tensor(ids), completions, vision, advantages=advantages)
@@ -175,7 +114,7 @@ def synthetic_groups(
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = dtype or next(model.parameters()).dtype
-    vlm = hasattr(model.config, "vision_config")
+    vlm = bool(families()[model.config.model_type].vision_inputs)
     return [
         synthetic_group(
             model, images if vlm else (), text, lengths, generator=generator, dtype=dtype
@@ -187,13 +126,9 @@ def synthetic_groups(
 def forward_inputs(model, group: Group, completion: Tensor) -> dict[str, Tensor]:
     """The stock model's own inputs for one unpadded (prompt, completion) sequence."""
     ids = torch.cat([group.prompt_ids, completion])[None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **group.vision}
-    if group.vision:
-        config = model.config
-        inputs["mm_token_type_ids"] = (ids == config.image_token_id).int() + 2 * (
-            ids == config.video_token_id
-        )
-    return inputs
+    family = families()[model.config.model_type]
+    given = family.stock_inputs(model.config, ids, group.vision)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given}
 
 
 def naive_logits(model, group: Group, completion: Tensor) -> Tensor:
@@ -270,48 +205,18 @@ def grad_error(got: dict[str, Tensor | None], want: dict[str, Tensor | None]) ->
     return worst, where
 
 
-@contextlib.contextmanager
-def float64_norms() -> Iterator[None]:
+class float64_norms(TorchFunctionMode):  # noqa: N801, used as a function is
     """Inside, the parts of the stock models that always compute in float32 keep float64.
 
-    RMSNorm and the vision tower's rotary embedding round to float32 even in a float64 model;
+    Norms, rotary embeddings, routers and recurrences round to float32 even in a float64 model;
     without this, that rounding hides what a float64 comparison is meant to show.
     """
-    import importlib
 
-    saved = []
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def widened(value):
+            return torch.float64 if value is torch.float32 else value
 
-    def patch(owner, name, value):
-        saved.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
-
-    for family in FAMILIES:
-        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        for name in dir(module):
-            if name.endswith("RMSNorm"):
-                patch(getattr(module, name), "forward", _rms_norm)
-        if hasattr(module, "apply_rotary_pos_emb_vision"):
-            patch(module, "apply_rotary_pos_emb_vision", _rotate_vision)
-    try:
-        yield
-    finally:
-        for owner, name, value in reversed(saved):
-            setattr(owner, name, value)
-
-
-def _rms_norm(self, hidden: Tensor) -> Tensor:
-    return (
-        self.weight
-        * hidden
-        * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-    )
-
-
-def _rotate_vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype)
-
-    def rotate(x):
-        half = x.shape[-1] // 2
-        return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
-
-    return rotate(q), rotate(k)
+        if func is Tensor.float:
+            func = Tensor.double
+        kwargs = {key: widened(value) for key, value in (kwargs or {}).items()}
+        return func(*map(widened, args), **kwargs)

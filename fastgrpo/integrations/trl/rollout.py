@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fastgrpo.errors import InputError
-from fastgrpo.integrations.trl.rows import split_vision
+from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing import Group
 from fastgrpo.packing.planner import regroup
 from fastgrpo.rollout import generate
@@ -53,11 +53,13 @@ def sample_rows(
     """
     check_sampling(config)
     # The processor leaves images as arrays or lists; TRL, too, makes tensors of them only here.
-    pixels, grids = (
-        None if fields.get(key) is None else torch.as_tensor(np.asarray(fields[key]))
-        for key in ("pixel_values", "image_grid_thw")
-    )
-    vision = split_vision(pixels, grids, num_images, len(prompt_ids))
+    family = Adapter(model).family
+    images = {
+        key: torch.as_tensor(np.asarray(fields[key]))
+        for key in family.vision_inputs
+        if fields.get(key) is not None
+    }
+    vision = family.split_rows(images, num_images, len(prompt_ids))
     # With a token in place of a completion, `regroup` finds the rows that share prompt and images.
     some = torch.zeros(1, dtype=torch.int64)
     rows = [

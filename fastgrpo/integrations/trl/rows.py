@@ -5,23 +5,15 @@ Letters: B rows, P prompt columns (left-padded), C completion columns (right-pad
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastgrpo.errors import InputError
+from fastgrpo.models.family import Family
 from fastgrpo.packing import Group
-
-# Inputs TRL hands to families whose images the engine does not pack.
-FOREIGN_INPUTS = (
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "image_position_ids",
-)
 
 
 @dataclass
@@ -42,13 +34,13 @@ def read_rows(
     input_ids: Tensor,
     attention_mask: Tensor,
     num_columns: int,
+    family: Family,
+    fields: Mapping[str, Tensor | None],
     *,
-    pixel_values: Tensor | None = None,
-    image_grid_thw: Tensor | None = None,
     num_images: list[int] | None = None,
     mm_token_type_ids: Tensor | None = None,
 ) -> Rows:
-    """Unpads (B, P + C) ids.
+    """Unpads (B, P + C) ids; `fields` are the batch's image inputs by TRL's names.
 
     A completion must be contiguous and start in column P, and may hold no images of a tool; raises
     `InputError` naming the row.
@@ -72,31 +64,9 @@ def read_rows(
     return Rows(
         prompts=[ids[keep] for ids, keep in zip(prompt_ids, prompt_mask, strict=True)],
         completions=[c[:n] for c, n in zip(completion_ids, lengths.tolist(), strict=True)],
-        vision=split_vision(pixel_values, image_grid_thw, num_images, len(input_ids)),
+        vision=family.split_rows(fields, num_images, len(input_ids)),
         num_columns=num_columns,
     )
-
-
-def split_vision(
-    pixel_values: Tensor | None,
-    image_grid_thw: Tensor | None,
-    num_images: list[int] | None,
-    num_rows: int,
-) -> list[dict[str, Tensor]]:
-    """Cuts the concatenated patches of a batch into one dict per row; {} for a row of text."""
-    if pixel_values is None or pixel_values.shape[0] == 0:
-        return [{} for _ in range(num_rows)]
-    if image_grid_thw is None or num_images is None:
-        raise InputError(
-            "pixel_values came without image_grid_thw and num_images: only the Qwen-VL families' "
-            "packed patches are supported"
-        )
-    grids = image_grid_thw.split(num_images)
-    patches = pixel_values.split([int(grid.prod(-1).sum()) for grid in grids])
-    return [
-        {"pixel_values": p, "image_grid_thw": grid} if len(grid) else {}
-        for p, grid in zip(patches, grids, strict=True)
-    ]
 
 
 def scorable(rows: Rows) -> list[int]:

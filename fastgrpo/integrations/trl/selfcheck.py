@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.integrations.trl.rows import Rows
+from fastgrpo.models.family import Family
 
 # In float32 the two differ by the order of additions. In half precision TRL rounds each logit, so
 # single tokens differ by up to 0.1; a structural mistake (positions, leakage) moves the mean.
@@ -19,6 +20,7 @@ CHECKED_ROWS = 4
 def check_against_trl(
     trl_values: Callable,
     model: nn.Module,
+    family: Family,
     rows: Rows,
     members: list[int],
     logps: Tensor,
@@ -36,9 +38,9 @@ def check_against_trl(
     sliced = {name: value[chosen] for name, value in inputs.items() if value is not None}
     vision = [rows.vision[row] for row in chosen]
     if any(vision):
-        sliced["num_images"] = [len(v["image_grid_thw"]) if v else 0 for v in vision]
-        for name in ("pixel_values", "image_grid_thw"):
-            sliced[name] = torch.cat([v[name] for v in vision if v])
+        images = [family.split_images(v) if v else [] for v in vision]
+        sliced["num_images"] = [len(row) for row in images]
+        sliced |= family.join_images([image for row in images for image in row])
     with torch.no_grad():
         expected, _, _ = trl_values(model, logits_to_keep=rows.num_columns, **sliced)
     counted = sliced["attention_mask"][:, -rows.num_columns :].bool()

@@ -28,6 +28,7 @@ from fastgrpo.integrations.trl.rows import (
 from fastgrpo.integrations.trl.selfcheck import check_against_trl
 from fastgrpo.integrations.trl.support import check_trainer, check_version
 from fastgrpo.integrations.trl.weights import apply_liger_layers, load_renamed
+from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing import Group
 
 ONE_ROW = 2**40
@@ -101,27 +102,22 @@ class _FastMixin(PerceptionMixin, RewardMixin, BatchMixin):
         batch_size=None,
         compute_entropy=False,
         compute_aux_loss=False,
-        pixel_values=None,
-        image_grid_thw=None,
         num_images=None,
         mm_token_type_ids=None,
-        **foreign,
+        **fields,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """TRL's per-token values from packed groups; (B, C), exactly 0 where nothing counts."""
-        for name, value in foreign.items():
-            if value is not None:
-                raise InputError(
-                    f"{name}: images of {type(model).__name__} cannot be packed; the supported "
-                    "families are Qwen2-VL, Qwen2.5-VL, Qwen3-VL and text models"
-                )
+        """TRL's per-token values from packed groups; (B, C), exactly 0 where nothing counts.
+
+        `fields` are the images' inputs, whichever the model's family has.
+        """
         if compute_aux_loss:
             raise InputError("router_aux_loss_coef: refused, see fastgrpo.integrations.trl")
         rows = read_rows(
             input_ids,
             attention_mask,
             logits_to_keep,
-            pixel_values=pixel_values,
-            image_grid_thw=image_grid_thw,
+            Adapter(model).family,
+            fields,
             num_images=num_images,
             mm_token_type_ids=mm_token_type_ids,
         )
@@ -209,6 +205,7 @@ class _FastMixin(PerceptionMixin, RewardMixin, BatchMixin):
         error = check_against_trl(
             super()._get_per_token_logps_and_entropies,
             model,
+            Adapter(model).family,
             rows,
             clean,
             logps,

@@ -1,0 +1,151 @@
+"""Everything the engine asks of a model family; one file of this folder answers for each.
+
+Letters: P prompt tokens, A axes of the positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.errors import InputError
+
+# What a processor returns beside the inputs that describe images.
+TEXT_OUTPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+
+Vision = dict[str, Tensor]
+Features = list[Tensor]  # of one image: for the decoder's input, then for deeper layers
+Join = Callable[[Sequence[Features]], Any]
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """How a family was taught to write a box.
+
+    `frame`: "pixels" of the image as the model sees it, resized by its processor; "thousandths" or
+    "1024ths" of the image's sides; `order`: "xyxy" or "yxyx"; `source`: where that is written.
+    """
+
+    frame: str
+    source: str
+    order: str = "xyxy"
+
+
+class Family:
+    """A text-only decoder whose positions count its tokens; other families override what differs.
+
+    `name` is transformers' `model_type`. `vision_inputs` are the processor's outputs that describe
+    images, as the model's forward takes them; `axes` the rows of its position ids (3 for M-RoPE);
+    `layer_kinds` the values of `layer_types` that are served.
+    """
+
+    vision_inputs: tuple[str, ...] = ()
+    axes = 1
+    layer_kinds: tuple[str, ...] = ("full_attention", "sliding_attention")
+    coordinates: Coordinates | None = None
+
+    def __init__(self, name: str):
+        self.name = name
+
+    # -- tokens and positions
+
+    def placeholders(self, config) -> tuple[int, ...]:
+        """Ids that stand for an image or a video, one per feature; never to be sampled."""
+        return ()
+
+    def image_tokens(self, image: Vision, config) -> int:
+        """How many placeholders one image takes."""
+        raise NotImplementedError
+
+    def fits(self, runs: list[int], features: list[int]) -> bool:
+        """Whether runs of placeholders in a prompt hold these images' features, in order."""
+        return runs == features
+
+    def image_text(self, image: Vision, config) -> list[int]:
+        """The ids the processor writes for one image, placeholders and markers."""
+        raise NotImplementedError
+
+    def positions(self, core: nn.Module, prompt_ids: Tensor, vision: Vision) -> Tensor:
+        """(A, P) positions of one prompt; its completions go on after the largest."""
+        return torch.arange(prompt_ids.numel()).expand(self.axes, -1)
+
+    def stock_inputs(self, config, ids: Tensor, vision: Vision) -> dict[str, Tensor]:
+        """What the stock forward of one sequence (1, L) takes beside ids and attention mask."""
+        return {key: vision[key] for key in self.vision_inputs if key in vision}
+
+    # -- images
+
+    def has_images(self, vision: Mapping[str, Any]) -> bool:
+        return any(key in vision for key in self.vision_inputs)
+
+    def check_vision(self, vision: Vision) -> None:
+        """`InputError` when the processor's outputs do not fit one another."""
+
+    def split_images(self, vision: Vision) -> list[Vision]:
+        """The inputs of each image of a prompt (or of a batch of prompts), in order."""
+        raise NotImplementedError
+
+    def join_images(self, images: Sequence[Vision]) -> Vision:
+        """The tower's inputs for these images: what `split_images` takes apart."""
+        return {key: torch.cat([image[key] for image in images]) for key in images[0]}
+
+    def split_rows(
+        self, fields: Mapping[str, Any], num_images: Sequence[int] | None, num_rows: int
+    ) -> list[Vision]:
+        """A batch's inputs as one dict per row, {} for a row of text.
+
+        `fields` are the processor's outputs by name, absent or None without images; `num_images`
+        the images of each row.
+        """
+        given = {
+            key: value
+            for key, value in fields.items()
+            if value is not None and key not in TEXT_OUTPUTS
+        }
+        if not any(len(value) for value in given.values()):
+            return [{} for _ in range(num_rows)]
+        unknown = sorted(set(given) - set(self.vision_inputs))
+        missing = [key for key in self.vision_inputs if key not in given]
+        if unknown or missing or num_images is None:
+            raise InputError(
+                f"images of family {self.name!r} come as {list(self.vision_inputs)} with "
+                f"num_images, got {sorted(given)}"
+                + (" without num_images" if num_images is None else "")
+            )
+        images = iter(self.split_images(given))
+        rows = [[next(images) for _ in range(count)] for count in num_images]
+        return [self.join_images(row) if row else {} for row in rows]
+
+    def blank_image(self, config, size: tuple[int, int] | None = None) -> Vision:
+        """The tower's inputs for a black image: the smallest, or of `size`, in its own units."""
+        raise NotImplementedError
+
+    # -- where the features enter
+
+    def encoder(self, core: nn.Module) -> nn.Module:
+        """The module whose `get_image_features` the model's forward calls."""
+        return core.model
+
+    def tower(self, core: nn.Module) -> nn.Module | None:
+        """The vision tower with everything up to the decoder's width; None for a text model."""
+        return None
+
+    def split_features(self, output, images: Sequence[Vision]) -> tuple[list[Features], Join]:
+        """What `get_image_features` returned for `images`, image by image, and the way back: a
+        function from any images' features to an output of the model's own class."""
+        kind = type(output)
+        return [[feature] for feature in output.pooler_output], lambda features: kind(
+            pooler_output=tuple(feature for (feature,) in features)
+        )
+
+    # -- a model of this family small enough for tests
+
+    def tiny_config(self, text: dict, vision: dict, ids: dict[str, int], **top):
+        """A config whose sub-configs hold `text` and `vision`; `ids` are the special tokens."""
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(self.name, **text, **top)

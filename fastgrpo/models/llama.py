@@ -1,0 +1,5 @@
+"""Llama: text, one position per token."""
+
+from fastgrpo.models.family import Family
+
+FAMILIES = (Family("llama"),)

@@ -1,0 +1,5 @@
+"""Qwen2: text, one position per token."""
+
+from fastgrpo.models.family import Family
+
+FAMILIES = (Family("qwen2"),)

@@ -1,0 +1,53 @@
+"""The families of this folder, found by looking: a file is added and its families are served."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+from fastgrpo import models
+from fastgrpo.errors import InputError
+from fastgrpo.models.family import Family
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """Every family by `model_type`: the `FAMILIES` of each module in `fastgrpo.models`."""
+    found = {}
+    for info in pkgutil.iter_modules(models.__path__):
+        module = importlib.import_module(f"{models.__name__}.{info.name}")
+        for family in getattr(module, "FAMILIES", ()):
+            if family.name in found:
+                raise RuntimeError(f"two modules serve model type {family.name!r}")
+            found[family.name] = family
+    return dict(sorted(found.items()))
+
+
+def family_of(config) -> Family:
+    """The family of a model config; `InputError` with the reason for one that is not served."""
+    family = families().get(config.model_type)
+    if family is None:
+        raise InputError(
+            f"model type {config.model_type!r} is not served; the packed forward is proved for "
+            f"{', '.join(families())}"
+        )
+    text = getattr(config, "text_config", None) or config
+    kinds = sorted(set(getattr(text, "layer_types", None) or ()))
+    unknown = [kind for kind in kinds if kind not in family.layer_kinds]
+    if unknown:
+        raise InputError(
+            f"model type {config.model_type!r} has {unknown[0]!r} layers, which a packed row does "
+            f"not serve: a layer that is not attention by the row's own mask mixes the tokens of "
+            f"its neighbours"
+        )
+    rope = getattr(text, "rope_parameters", None) or {}
+    by_kind = rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]
+    for parameters in by_kind:
+        kind = parameters.get("rope_type", "default")
+        if kind in ("dynamic", "longrope"):
+            raise InputError(
+                f"rope type {kind!r} rescales with the longest sequence of the batch: packing "
+                f"other sequences next to one would change it"
+            )
+    return family

@@ -82,7 +82,7 @@ def test_every_task_template_holds_the_question_once(folder, task):
 
 
 def test_a_question_with_braces_is_not_a_format_string(folder):
-    row = good_row(conversations=turns("{0} {Question} {x}"))
+    row = good_row(conversations=turns("<image>{0} {Question} {x}"))
     dataset = load(folder, [row], question_template="Q: {Question}")
     assert dataset[0]["prompt"][0]["content"][-1]["text"] == "Q: {0} {Question} {x}"
 
@@ -98,12 +98,13 @@ def test_several_files_as_vlm_r1_writes_them(folder):
 def test_images_are_opened_when_read_not_before(folder, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        "fastgrpo.data.vlm_r1.load_image", lambda path, cap: opened.append(path) or path
+        "fastgrpo.data.opened.load_image",
+        lambda path, cap: opened.append(path) or Image.new("RGB", (3, 3)),
     )
     dataset = load(folder, [good_row(), good_row(image="sub/b.jpg")])
     assert opened == []
     dataset[1]
-    assert [path.name for path in opened] == ["b.jpg"]
+    assert [path.rpartition("/")[2] for path in opened] == ["b.jpg"]
 
 
 BAD_ROWS = {
@@ -212,7 +213,10 @@ def test_an_image_that_breaks_while_decoding(folder, verify, name):
     Image.fromarray(noise).save(folder / name)
     (folder / name).write_bytes(DAMAGE[name]((folder / name).read_bytes()))
     report = folder.parent / "quarantine.jsonl"
-    rows = [good_row(), good_row(id="cut", image=["a.png", name])]
+    rows = [
+        good_row(),
+        good_row(id="cut", image=["a.png", name], conversations=turns("<image><image>x")),
+    ]
     dataset = load(folder, rows, verify_images=verify, quarantine_file=report)
     if verify == "decode":
         assert len(dataset) == 1 and dataset.quarantined[0].id == "cut"

@@ -8,7 +8,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from fastgrpo import recipes, rewards
 from fastgrpo.cli.checkpoints import fault_of, newest_complete
 from fastgrpo.cli.config import FastGRPOConfig
+from fastgrpo.cli.processor import image_tokens, load_processor
 from fastgrpo.data import load_vlm_r1, split_validation
+from fastgrpo.data.conversation import IMAGE_TOKENS
 from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl import FastGRPOTrainer, FastOptions, record
 from fastgrpo.models.adapter import Adapter
@@ -79,7 +81,8 @@ def parse(arguments: list[str] | None = None) -> tuple[FastGRPOConfig, ModelConf
 
 def build_trainer(config: FastGRPOConfig, model_config: ModelConfig) -> FastGRPOTrainer:
     """The trainer with its model, data and rewards, ready to train."""
-    train, validation = load_data(config)
+    processor = load_processor(config, model_config)
+    train, validation = load_data(config, image_tokens(processor))
     config.model_init_kwargs = {
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,
@@ -91,7 +94,7 @@ def build_trainer(config: FastGRPOConfig, model_config: ModelConfig) -> FastGRPO
         args=config,
         train_dataset=train,
         eval_dataset=validation if config.eval_strategy != "no" else None,
-        processing_class=load_processor(config, model_config),
+        processing_class=processor,
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
         fast=options,
@@ -133,13 +136,16 @@ def _reward_settings(config: FastGRPOConfig) -> dict:
     }
 
 
-def load_data(config: FastGRPOConfig):
-    """(train, validation) datasets; validation None unless a split or evaluation files are set."""
-    is_main = config.process_index == 0
+def load_data(config: FastGRPOConfig, tokens: Sequence[str] = IMAGE_TOKENS):
+    """(train, validation) datasets; validation None unless a split or evaluation files are set.
+
+    `tokens`: the literal tokens of images, which a text must not hold.
+    """
     load = functools.partial(
         load_vlm_r1,
         task_type=config.task_type,
         question_template=config.question_template,
+        image_tokens=tokens,
         max_image_pixels=config.max_image_pixels,
         verify_images=config.verify_images,
     )
@@ -148,7 +154,7 @@ def load_data(config: FastGRPOConfig):
         config.data_file_paths,
         config.image_folders,
         reward_method=config.reward_method,
-        quarantine_file=output / "quarantine.jsonl" if is_main else None,
+        quarantine_file=output / "quarantine.jsonl",
     )
     if config.eval_data_file_paths is not None:
         if config.val_split_ratio:
@@ -156,33 +162,9 @@ def load_data(config: FastGRPOConfig):
         return train, load(
             config.eval_data_file_paths,
             config.eval_image_folders or config.image_folders,
-            quarantine_file=output / "quarantine_eval.jsonl" if is_main else None,
+            quarantine_file=output / "quarantine_eval.jsonl",
         )
     return split_validation(train, config.val_split_ratio, config.seed)
-
-
-def load_processor(config: FastGRPOConfig, model_config: ModelConfig):
-    """The model's processor, padding on the left, with `min_pixels` and `max_pixels` applied."""
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(
-        model_config.model_name_or_path,
-        revision=model_config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        padding_side="left",
-        truncation_side="left",
-    )
-    edges = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
-    chosen = {name: pixels for name, pixels in edges.items() if pixels is not None}
-    if chosen:
-        image_processor = getattr(processor, "image_processor", None)
-        if image_processor is None or not {*edges} <= dict(image_processor.size).keys():
-            raise InputError(
-                f"min_pixels, max_pixels: the processor of {model_config.model_name_or_path} does "
-                "not size images by their number of pixels"
-            )
-        image_processor.size = dict(image_processor.size) | chosen
-    return processor
 
 
 def find_reward(name: str, compat: str = "fixed") -> Callable:

@@ -2,17 +2,21 @@
 
 Each kernel module defines `aot_specs() -> list[KernelSpec]`: one entry per kernel and structural
 variant worth checking (dtypes, flags, block sizes), with the configuration the launcher uses.
-`MODULES` lists those modules. Nothing here runs a kernel.
+They are found by that function. Nothing here runs a kernel.
 """
 
+import functools
 import importlib
+import pkgutil
 import re
 import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import triton
@@ -20,18 +24,6 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.errors import TritonError
-
-MODULES = (
-    "offset_exp",
-    "weigh_exps",
-    "token_kl",
-    "grpo_loss",
-    "linear_kl",
-    "group_advantages",
-    "box_iou",
-    "shared_prefix_attention",
-    "gather_rows",
-)
 
 
 @dataclass(frozen=True)
@@ -88,11 +80,19 @@ def jit_function(kernel: Any) -> triton.runtime.JITFunction:
     return kernel
 
 
-def collect(arch: str, modules: tuple[str, ...] = MODULES) -> list[KernelSpec]:
-    """The specs of all kernel modules for an architecture, in the order of `MODULES`."""
-    specs: list[KernelSpec] = []
-    for stem in modules:
-        specs += importlib.import_module(f"fastgrpo_kernels.{stem}").aot_specs()
+@functools.cache
+def kernel_modules() -> dict[str, ModuleType]:
+    """The modules of this package that define kernels, by name."""
+    found = pkgutil.iter_modules(importlib.import_module("fastgrpo_kernels").__path__)
+    stems = sorted(info.name for info in found if not info.name.startswith("_"))
+    modules = {stem: importlib.import_module(f"fastgrpo_kernels.{stem}") for stem in stems}
+    return {stem: module for stem, module in modules.items() if hasattr(module, "aot_specs")}
+
+
+def collect(arch: str, stems: Iterable[str] | None = None) -> list[KernelSpec]:
+    """The specs of the kernel modules (default: of all) for an architecture."""
+    modules = kernel_modules()
+    specs = [s for stem in stems or modules for s in modules[stem].aot_specs()]
     return [spec for spec in specs if not spec.archs or arch in spec.archs]
 
 

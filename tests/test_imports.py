@@ -1,11 +1,15 @@
 """What importing fastgrpo needs, starts and hides; what its code never calls."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from fastgrpo.ops.select import ORDER
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = "triton trl flash_attn xformers liger_kernel peft sklearn matplotlib datasets httpx2"
@@ -86,26 +90,71 @@ def test_no_code_evaluates_or_unpickles_text(folder):
                 assert safe and safe[0].value.value is True, f"{path}:{node.lineno}"
 
 
-def test_layers_import_downwards():
-    """Only command line and integrations import trl; references import torch and scipy."""
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """The dotted names a file imports anywhere in it, and the line."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            if node.module == "fastgrpo":
+                yield from ((f"fastgrpo.{alias.name}", node.lineno) for alias in node.names)
+            else:
+                yield node.module, node.lineno
+
+
+def layers() -> list[list[str]]:
+    """The table of CONTRIBUTING.md, lowest first: the parts of `fastgrpo` in each line."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    table = re.search(r"```\nbench, tests\n(.*?)```", text, re.S).group(1)
+    lines = (re.findall(r"fastgrpo\.(\w+)", line.split("  ")[0]) for line in table.splitlines())
+    return [line for line in lines if line][::-1]
+
+
+def test_imports_point_down_the_table_of_contributing():
+    rank = {part: i for i, line in enumerate(layers()) for part in line}
+    for path in (ROOT / "fastgrpo").rglob("*.py"):
+        part = path.relative_to(ROOT / "fastgrpo").with_suffix("").parts[0]
+        if part == "__init__":
+            continue
+        assert part in rank, f"fastgrpo.{part} stands in no line of CONTRIBUTING.md"
+        for name, line in imports(path):
+            if name.split(".")[0] != "fastgrpo":
+                continue
+            # what the package itself exports reaches up to the rollout
+            other = name.split(".")[1] if "." in name else "rollout"
+            other = other if other in rank else "rollout"
+            assert other == part or rank[other] < rank[part], f"{path}:{line}: {part} -> {name}"
+
+
+def test_only_the_integrations_and_what_runs_jobs_import_trl():
     for path in (ROOT / "fastgrpo").rglob("*.py"):
         part = path.relative_to(ROOT / "fastgrpo").parts[0]
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module]
-            for name in names:
-                top = name.split(".")[0]
-                if top == "trl":
-                    assert part in ("cli", "integrations", "demo", "testing"), path
-                if part == "reference":
-                    own = name.startswith(("fastgrpo.reference", "fastgrpo.losses")) or top in (
-                        "torch",
-                        "scipy",
-                        "numpy",
-                    )
-                    assert own or top in sys.stdlib_module_names, f"{path}: {name}"
+        if part not in ("cli", "integrations", "demo", "testing"):
+            assert not any(name.split(".")[0] == "trl" for name, _ in imports(path)), path
+
+
+def test_references_import_torch_alone():
+    own = ("fastgrpo.reference", "fastgrpo.losses")
+    for path in (ROOT / "fastgrpo" / "reference").rglob("*.py"):
+        for name, line in imports(path):
+            top = name.split(".")[0]
+            known = top in ("torch", "scipy", "numpy") or top in sys.stdlib_module_names
+            assert known or name.startswith(own), f"{path}:{line}: {name}"
+
+
+def test_only_the_op_that_chooses_it_imports_a_reference():
+    for path in (ROOT / "fastgrpo").rglob("*.py"):
+        part = path.relative_to(ROOT / "fastgrpo").parts[0]
+        found = [line for name, line in imports(path) if name.startswith("fastgrpo.reference")]
+        if not found or part == "reference":
+            continue
+        tree = ast.parse(path.read_text("utf-8"))
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert part == "ops" and functions & set(ORDER), f"{path}:{found[0]}"
+
+
+def test_kernels_import_nothing_of_the_library():
     for path in (ROOT / "kernels").rglob("*.py"):
-        assert "from fastgrpo." not in path.read_text("utf-8"), path
+        for name, line in imports(path):
+            assert name.split(".")[0] != "fastgrpo", f"{path}:{line}: {name}"

@@ -5,6 +5,9 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -15,6 +18,7 @@ from fastgrpo.engine import score
 from fastgrpo.errors import InputError
 from fastgrpo.rollout import Sampling, generate
 from fastgrpo.testing import models
+from fastgrpo.testing.processors import tiny_tokenizer
 
 pytestmark = pytest.mark.engine
 QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -62,20 +66,46 @@ def test_greedy_equals_model_generate(family):
         assert completion.numel() == out.numel()
 
 
+def transformers_chain(sampling, prompt_length):
+    """The processors of `model.generate` for these settings, in its order."""
+    chain = LogitsProcessorList()
+    if sampling.penalizes:
+        chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.min_new_tokens:
+        chain.append(
+            MinNewTokensLengthLogitsProcessor(
+                prompt_length, sampling.min_new_tokens, list(sampling.ends)
+            )
+        )
+    chain.append(SuppressTokensLogitsProcessor(list(sampling.suppress)))
+    chain.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        chain.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        chain.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        chain.append(MinPLogitsWarper(sampling.min_p))
+    return chain
+
+
 @pytest.mark.parametrize("top_k", [0, 1, 7, 1000])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.05])
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 2.0])
-def test_sampling_distribution_equals_transformers(top_k, top_p, temperature):
+@pytest.mark.parametrize(("min_p", "penalty"), [(0.0, 1.0), (0.07, 1.3), (1.0, 0.6), (0.3, 1.0)])
+def test_sampling_distribution_equals_transformers(top_k, top_p, temperature, min_p, penalty):
     logits = torch.randn(5, 50) * 3
-    chain = LogitsProcessorList([SuppressTokensLogitsProcessor([4, 9])])
-    chain.append(TemperatureLogitsWarper(temperature))
-    if top_k:
-        chain.append(TopKLogitsWarper(top_k))
-    if top_p < 1.0:
-        chain.append(TopPLogitsWarper(top_p))
-    expected = chain(None, logits.clone()).softmax(-1)
-    got = Sampling(temperature, top_k, top_p, (4, 9)).probabilities(logits)
+    so_far = torch.randint(0, 50, (5, 9))  # a prompt of 7 tokens and two more
+    sampling = Sampling(
+        temperature, top_k, top_p, (4, 9), min_p, penalty, min_new_tokens=3, ends=(1, 30)
+    )
+    expected = transformers_chain(sampling, 7)(so_far, logits.clone()).softmax(-1)
+    seen = torch.zeros(5, 50, dtype=torch.bool).scatter_(1, so_far, True)
+    got = sampling.probabilities(logits, seen, num_tokens=2)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+    later = sampling.probabilities(logits, seen, num_tokens=3)
+    assert not got[:, [1, 30]].any() and not got[:, [4, 9]].any()
+    if (top_k, top_p, min_p) == (0, 1.0, 0.0):
+        assert later[:, [1, 30]].all()
 
 
 def test_samples_follow_the_distribution():
@@ -87,6 +117,111 @@ def test_samples_follow_the_distribution():
     observed = torch.bincount(tokens, minlength=6) / len(tokens)
     assert (observed - expected).abs().max() < 0.015  # four standard deviations
     torch.testing.assert_close(logp.exp(), expected[tokens])
+
+
+def test_rollouts_follow_the_distribution_of_every_setting_together():
+    """4000 completions of two tokens against their exact probabilities by transformers' classes."""
+    model = models.tiny_model("qwen2_5_vl")
+    (group,) = empty_groups(model, [([(4, 4)], 3)])
+    banned = (7, models.IMAGE_ID, models.VIDEO_ID)
+    settings = dict(temperature=1.5, top_k=6, top_p=0.95, min_p=0.05, repetition_penalty=1.4)
+    sampling = Sampling(**settings, suppress=banned)
+    chain = transformers_chain(sampling, group.prompt_ids.numel())
+    expected: dict[tuple, float] = {}
+
+    def next_share(*ids):
+        completion = torch.tensor([*ids, 0])
+        logits = models.naive_logits(model, group, completion)[-1:]
+        so_far = torch.cat([group.prompt_ids, completion[:-1]])[None]
+        return chain(so_far, logits.clone()).softmax(-1)[0]
+
+    with torch.no_grad():
+        first = next_share()
+        for a in first.nonzero()[:, 0].tolist():
+            for b, share in enumerate(next_share(a).tolist()):
+                expected[a, b] = float(first[a]) * share
+    (filled,) = generate(
+        model, [group], 4000, max_new_tokens=2, suppress_token_ids=(7,), seed=1, eos_token_id=(),
+        **settings,
+    )  # fmt: skip
+    pairs = [tuple(c.tolist()) for c in filled.completions]
+    assert len(set(pairs)) > 10
+    for pair in expected | dict.fromkeys(pairs, 0.0):
+        share = expected.get(pair, 0.0)
+        deviation = (share * (1 - share) / 4000) ** 0.5
+        assert abs(pairs.count(pair) / 4000 - share) <= 4.5 * deviation, pair
+
+
+def stock_completions(model, groups, tokenizer=None, **settings):
+    """Each group's completion by `model.generate`, one prompt at a time, cut after its end."""
+    out = []
+    for group in groups:
+        inputs = dict(group.vision)
+        if group.vision:
+            inputs["mm_token_type_ids"] = (group.prompt_ids == models.IMAGE_ID).int()[None]
+        ids = model.generate(
+            input_ids=group.prompt_ids[None],
+            attention_mask=torch.ones_like(group.prompt_ids)[None],
+            generation_config=GenerationConfig(pad_token_id=0, **settings),
+            tokenizer=tokenizer,
+            **inputs,
+        )
+        out.append(ids[0, group.prompt_ids.numel() :].tolist())
+    return out
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 1.7},
+        {"repetition_penalty": 0.8},
+        {"min_new_tokens": 5},
+        {"min_new_tokens": 8, "repetition_penalty": 1.2},
+    ],
+)
+def test_greedy_settings_equal_model_generate(family, setting):
+    model = models.tiny_model(family)
+    images = [(4, 4)] if family in models.VLM_FAMILIES else []
+    groups = empty_groups(model, [(images, 6), (images, 11), ([], 3)])
+    free = generate(model, groups, 1, max_new_tokens=8, temperature=0.0, eos_token_id=())
+    ends = [127]
+    if "min_new_tokens" in setting:  # ids that the rows would have early
+        ends = sorted({int(group.completions[0][i]) for group in free for i in (1, 2)})
+    banned = [models.IMAGE_ID, models.VIDEO_ID] if images else []
+    expected = stock_completions(
+        model, groups, max_new_tokens=8, eos_token_id=ends, suppress_tokens=banned or None,
+        do_sample=False, **setting,
+    )  # fmt: skip
+    got = generate(
+        model, groups, 2, max_new_tokens=8, temperature=0.0, eos_token_id=ends, **setting
+    )
+    for group, ids in zip(got, expected, strict=True):
+        assert [c.tolist() for c in group.completions] == [ids, ids]
+    plain = generate(model, groups, 2, max_new_tokens=8, temperature=0.0, eos_token_id=ends)
+    same = [torch.equal(a.completions[0], b.completions[0]) for a, b in zip(got, plain, strict=True)]
+    assert not all(same)
+
+
+def test_stop_strings_end_where_model_generate_ends():
+    """Strings of several tokens, of a part of one, and one that begins in the prompt."""
+    model = models.tiny_model("qwen2")
+    tokenizer = tiny_tokenizer(model.config)
+    groups = empty_groups(model, [([], 6), ([], 1), ([], 9)])
+    free = generate(model, groups, 1, max_new_tokens=9, temperature=0.0, eos_token_id=())
+    spelled = [tokenizer.convert_ids_to_tokens(g.completions[0].tolist()) for g in free]
+    crossing = tokenizer.decode([int(groups[2].prompt_ids[-1]), int(free[2].completions[0][0])])
+    strings = ["".join(spelled[0][3:5]), spelled[1][2][-1:], crossing]
+    expected = stock_completions(
+        model, groups, tokenizer, max_new_tokens=9, do_sample=False, stop_strings=strings
+    )
+    options = dict(max_new_tokens=9, temperature=0.0, eos_token_id=(), tokenizer=tokenizer)
+    got = generate(model, groups, 2, stop_strings=strings, **options)
+    for group, ids in zip(got, expected, strict=True):
+        assert [c.tolist() for c in group.completions] == [ids, ids]
+    lengths = [group.completions[0].numel() for group in got]
+    assert lengths[0] <= 5 and lengths[1] <= 3 and lengths[2] == 1
+    assert all(n < 9 for n in lengths)
 
 
 def test_seed_repeats_and_the_default_generator_is_left_alone():
@@ -171,6 +306,11 @@ def test_refusals():
         dict(num_generations=1, max_new_tokens=1, temperature=float("nan")),
         dict(num_generations=1, max_new_tokens=1, top_p=0.0),
         dict(num_generations=1, max_new_tokens=1, top_k=-1),
+        dict(num_generations=1, max_new_tokens=1, min_p=1.5),
+        dict(num_generations=1, max_new_tokens=1, repetition_penalty=0.0),
+        dict(num_generations=1, max_new_tokens=1, min_new_tokens=-1),
+        dict(num_generations=1, max_new_tokens=1, stop_strings="a"),
+        dict(num_generations=1, max_new_tokens=1, stop_strings=[""], tokenizer=object()),
     ):
         with pytest.raises(InputError):
             generate(model, groups, **options)

@@ -1,12 +1,19 @@
 """Packed rollouts inside TRL's trainer."""
 
+import copy
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from fastgrpo import InputError
 from fastgrpo.integrations.trl import FastGRPOTrainer
-from fastgrpo.integrations.trl.rollout import check_sampling, sample_rows
+from fastgrpo.integrations.trl.rollout import (
+    effective_settings,
+    packed_settings,
+    sample_rows,
+    unserved_setting,
+)
 from fastgrpo.testing import models
 from fastgrpo.testing.trl import build_trainer, image_row, save_checkpoint, steps_of
 
@@ -21,7 +28,7 @@ def checkpoint(tmp_path_factory):
 def test_greedy_rollouts_are_those_of_trl(checkpoint, tmp_path):
     """With one choice per token both samplers must train on the same completions."""
     runs = []
-    for packed in (False, True):
+    for packed in (False, None):
         trainer = build_trainer(
             FastGRPOTrainer, checkpoint, tmp_path / str(packed), rows=MIXED, max_steps=3,
             fast={"packed_rollout": packed}, top_k=1,
@@ -65,25 +72,137 @@ def test_rows_with_equal_prompts_and_other_images_stay_apart():
         key: torch.cat([g.vision[key] for g in (first, second, first)]) for key in first.vision
     }
     config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
-    options = dict(max_tokens=None, backend=None)
-    a, b, again = sample_rows(model, [ids] * 3, fields, [1, 1, 1], config, [], **options)
+    settings = effective_settings(model, config)
+    a, b, again = sample_rows(model, [ids] * 3, fields, [1, 1, 1], settings)
     assert a == again and a != b
-    text = sample_rows(model, [[1, 2], [1, 2, 3]], {}, None, config, [], **options)
+    text = sample_rows(model, [[1, 2], [1, 2, 3]], {}, None, settings)
     assert [len(t) for t in text] == [6, 6]
 
 
-@pytest.mark.parametrize(
-    "setting", [{"repetition_penalty": 1.05}, {"num_beams": 2}, {"min_p": 0.1}]
-)
-def test_settings_without_a_packed_form_are_refused(setting):
-    check_sampling(GenerationConfig(do_sample=True, temperature=0.7, top_k=5))
-    with pytest.raises(InputError, match=next(iter(setting))):
-        check_sampling(GenerationConfig(**setting))
+UNSERVED = {
+    "min_length": 500,
+    "begin_suppress_tokens": list(range(60)),
+    "sequence_bias": [[[7], 100.0]],
+    "guidance_scale": 2.0,
+    "top_h": 0.5,
+    "forced_eos_token_id": 1,
+    "max_time": 1e-4,
+    "watermarking_config": {"bias": 10.0},
+    "num_beams": 2,
+    "typical_p": 0.5,
+    "no_repeat_ngram_size": 2,
+    "bad_words_ids": [[7]],
+    "renormalize_logits": True,
+    "eos_token_id": 5,
+    "cache_implementation": "static",
+    "encoder_repetition_penalty": 1.2,
+    "a_setting_of_tomorrow": 1,
+    "max_new_tokens": None,
+}
 
 
-def test_vllm_and_tools_are_refused(checkpoint, tmp_path):
+@pytest.mark.parametrize("name", UNSERVED)
+def test_a_setting_that_packed_rows_would_drop_is_found(name):
+    model = models.tiny_model("qwen2")
+    given = {"max_new_tokens": 6, "eos_token_id": [3, 4]}
+    config = GenerationConfig(**(given | {name: UNSERVED[name]}))
+    found = unserved_setting(effective_settings(model, config), [3, 4])
+    assert found.startswith(f"{name}="), found
+    if name not in given:  # the checkpoint's own settings count as well
+        setattr(model.generation_config, name, getattr(config, name))
+        settings = effective_settings(model, GenerationConfig(**given))
+        assert unserved_setting(settings, [3, 4]) == found
+
+
+def test_every_field_of_a_generation_config_is_obeyed_or_found():
+    """Also those a later transformers adds: a value nobody expects must not pass in silence."""
+    model = models.tiny_model("qwen2")
+    served = {"do_sample", "min_new_tokens", "stop_strings", "suppress_tokens", "temperature"}
+    served |= {"top_k", "top_p", "min_p", "repetition_penalty"}
+    settings = effective_settings(model, GenerationConfig(max_new_tokens=6, eos_token_id=3))
+    assert unserved_setting(settings, [3]) is None
+    passing = set()
+    for name in vars(settings):
+        if not name.startswith("_") and name != "eos_token_id":
+            changed = copy.copy(settings)
+            setattr(changed, name, object())
+            if unserved_setting(changed, [3]) is None:
+                passing.add(name)
+    harmless = {"pad_token_id", "bos_token_id", "disable_compile", "transformers_version"}
+    assert passing == served | harmless | {"max_new_tokens", "max_length"}
+
+
+def test_default_rollouts_are_packed_and_the_rest_is_said_once(checkpoint, tmp_path, caplog):
+    calls = []
+    settings = {"suppress_tokens": [models.IMAGE_ID, models.VIDEO_ID]}
+
+    def run(name, **extra):
+        options = dict(rows=MIXED, max_steps=2, beta=0.0, generation_kwargs=settings | extra)
+        trainer = build_trainer(FastGRPOTrainer, checkpoint, tmp_path / name, **options)
+        generate = trainer.model.generate
+        trainer.model.generate = lambda *a, **k: calls.append(name) or generate(*a, **k)
+        with caplog.at_level("WARNING", logger="fastgrpo"):
+            trainer.train()
+        lines = [r.getMessage() for r in caplog.records if "packed rollout" in r.getMessage()]
+        caplog.clear()
+        return lines, steps_of(trainer)
+
+    assert run("plain")[0] == [] and calls == []
+    lines, steps = run("minimum", min_new_tokens=6)
+    assert lines == [] and calls == []
+    assert all(step["completions/min_length"] == 6 for step in steps)
+    lines, steps = run("strings", stop_strings=list("abcdefghijklmnopqrstuvwxyz0123456789"))
+    assert lines == [] and calls == []
+    assert all(step["completions/mean_length"] < 6 for step in steps)
+    lines, steps = run("time", max_time=1e-4)
+    assert len(lines) == 1 and "max_time=0.0001 is not implemented" in lines[0]
+    assert calls == ["time", "time"] and all(s["completions/max_length"] == 1 for s in steps)
+
+
+def test_packed_rollout_true_refuses_and_false_is_off(checkpoint, tmp_path):
+    def rollout(fast, **kwargs):
+        trainer = build_trainer(
+            FastGRPOTrainer, checkpoint, tmp_path, rows=MIXED, fast={"packed_rollout": fast},
+            generation_kwargs=kwargs,
+        )  # fmt: skip
+        trainer.model.generate = stock
+        return trainer._generate_single_turn([[1, 2]] * 2, None, {}, 2, has_tool_images=False)
+
+    def stock(input_ids, **kwargs):
+        return torch.cat([input_ids, torch.full((2, 1), 77)], 1)
+
+    assert rollout(False)[0] == [[77], [77]]
+    assert rollout(None, guidance_scale=1.5)[0] == [[77], [77]]
+    with pytest.raises(InputError, match="packed_rollout=True: guidance_scale=1.5"):
+        rollout(True, guidance_scale=1.5)
+    assert rollout(True)[0] != [[77], [77]]
+
+
+def test_other_engines_and_tools_with_images_are_not_packed(checkpoint, tmp_path):
+    trainer = build_trainer(FastGRPOTrainer, checkpoint, tmp_path, rows=MIXED)
+    assert packed_settings(trainer, False)[1] is None
+    assert "tool" in packed_settings(trainer, True)[1]
+    for name in ("use_transformers_continuous_batching", "use_vllm"):
+        setattr(trainer, name, True)
+        assert name in packed_settings(trainer, False)[1]
+        setattr(trainer, name, False)
+
+
+def test_continuous_batching_finds_the_attention_it_knows_at_every_step(checkpoint, tmp_path):
     trainer = build_trainer(
-        FastGRPOTrainer, checkpoint, tmp_path, rows=MIXED, fast={"packed_rollout": True}
+        FastGRPOTrainer, checkpoint, tmp_path, rows=MIXED, max_steps=2, beta=0.04
     )
-    with pytest.raises(InputError, match="packed_rollout"):
-        trainer._generate_single_turn([[1]], None, {}, 1, has_tool_images=True)
+    trainer.use_transformers_continuous_batching = True
+    trainer.continuous_batching_config = None
+    seen = []
+
+    class Output:
+        generated_tokens = [5, 6]
+
+    def generate_batch(prompts, **kwargs):
+        seen.append(trainer.model.config.text_config._attn_implementation)
+        return {str(i): Output for i in range(len(prompts))}
+
+    trainer.model.generate_batch = generate_batch
+    trainer.train()
+    assert seen == ["sdpa", "sdpa"]

@@ -55,7 +55,7 @@ class FastGRPOConfig(GRPOConfig):
     reward_timeout: float | None = _option(None, "Seconds a reward function may take per call.")
     exact_zero_advantages: bool = _option(True, "Equal rewards in a group: advantages exactly 0.")
     skip_zero_gradient: bool = _option(True, "No backward for groups without any gradient.")
-    packed_rollout: bool = _option(
-        False, "Sample in packed rows, each prompt and image prefilled once per group."
+    packed_rollout: bool | None = _option(
+        None, "Sample in packed rows; default: wherever they obey every generation setting."
     )
     liger_kernels: bool = _option(False, "liger-kernel's layers (not its loss), CUDA only.")

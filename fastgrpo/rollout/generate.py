@@ -16,6 +16,7 @@ from fastgrpo.engine.next_token import keep_logits, prompt_passes
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing.group import Group
+from fastgrpo.rollout.progress import Progress, stop_criterion
 from fastgrpo.rollout.sampling import Sampling
 from fastgrpo.rollout.state import DecodeState, Prefill
 
@@ -35,24 +36,65 @@ def generate(
     seed: int | None = None,
     max_tokens: int | None = None,
     backend: str | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    min_new_tokens: int = 0,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer=None,
 ) -> list[Group]:
     """Sample `num_generations` completions of every group's prompt with the model as it is now.
 
     The distribution is that of `model.generate(do_sample=True)` with the same settings (and every
-    other setting neutral): suppressed ids, temperature, top-k, top-p in that order; temperature 0
-    is greedy. A prompt and its images are encoded once, and each decoding step reads the prompt's
-    keys once for its G rows. Image and video placeholders are always suppressed: a sampled one
-    has no image.
+    other setting neutral), which are applied as `Sampling` says; temperature 0 is greedy. A prompt
+    and its images are encoded once, and each decoding step reads the prompt's keys once for its G
+    rows. Image and video placeholders are always suppressed: a sampled one has no image.
 
-    Returns new groups with `completions` (G tensors (C_i,), the end token included, at most
-    `max_new_tokens`) and `rollout_logp`, the log-probs that `score` gives at this temperature (at
-    temperature 1 for a greedy rollout); all other fields of the given groups stay, `advantages`
-    and other per-completion fields are dropped.
+    Returns new groups with `completions` (G tensors (C_i,), at most `max_new_tokens`, the end token
+    or the one that completes a stop string included) and `rollout_logp`, the log-probs that `score`
+    gives at this temperature (at temperature 1 for a greedy rollout); all other fields of the given
+    groups stay, `advantages` and other per-completion fields are dropped.
 
-    `eos_token_id`: one id or several; None takes the model's generation config. `seed` makes the
-    result repeatable; None draws from the default generator. `max_tokens`: the most prompt tokens
-    encoded in one row. The model's train mode is restored afterwards. Raises `InputError`.
+    `eos_token_id`: one id or several; None takes the model's generation config. `stop_strings` need
+    the `tokenizer`. `seed` makes the result repeatable; None draws from the default generator.
+    `max_tokens`: the most prompt tokens encoded in one row. The model's train mode is restored
+    afterwards. Raises `InputError`.
     """
+    _check_call(groups, num_generations, max_new_tokens)
+    if not groups:
+        return []
+    adapter = Adapter(model)
+    ends = torch.tensor(_end_ids(adapter, eos_token_id), dtype=torch.int64, device=adapter.device)
+    banned = torch.tensor([*suppress_token_ids, *adapter.placeholders], dtype=torch.int64)
+    sampling = Sampling(
+        temperature,
+        top_k,
+        top_p,
+        banned.to(adapter.device),
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        min_new_tokens=min_new_tokens,
+        ends=ends,
+    )
+    criterion = stop_criterion(stop_strings, tokenizer)
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(adapter.device).manual_seed(seed)
+    with _evaluating(model):
+        state, logits, position = _prefill(
+            adapter, groups, num_generations, max_new_tokens, max_tokens, backend
+        )
+        progress = Progress(
+            [group.prompt_ids for group in groups],
+            num_generations,
+            ends,
+            criterion=criterion,
+            vocabulary=logits.shape[1] if sampling.penalizes else None,
+        )
+        tokens, logps = _decode(adapter, state, logits, position, sampling, progress, generator)
+    return _filled(groups, num_generations, tokens, logps, progress.lengths.tolist())
+
+
+def _check_call(groups: Sequence[Group], num_generations: int, max_new_tokens: int) -> None:
     if num_generations < 1 or max_new_tokens < 1:
         raise InputError(
             f"num_generations and max_new_tokens must be at least 1, got {num_generations} and "
@@ -61,20 +103,6 @@ def generate(
     for group in groups:
         if group.completions:
             raise InputError(f"{group.name}: has completions already; generate fills empty groups")
-    if not groups:
-        return []
-    adapter = Adapter(model)
-    sampling = Sampling(temperature, top_k, top_p, (*suppress_token_ids, *adapter.placeholders))
-    ends = _end_ids(adapter, eos_token_id)
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(adapter.device).manual_seed(seed)
-    with _evaluating(model):
-        state, logits, position = _prefill(
-            adapter, groups, num_generations, max_new_tokens, max_tokens, backend
-        )
-        tokens, logps = _decode(adapter, state, logits, position, sampling, ends, generator)
-    return _filled(groups, num_generations, tokens, logps, ends)
 
 
 def _prefill(adapter, groups, num_generations, steps, max_tokens, backend):
@@ -101,19 +129,16 @@ def _prefill(adapter, groups, num_generations, steps, max_tokens, backend):
     return state, rows, position.repeat_interleave(num_generations).to(adapter.device)
 
 
-def _decode(adapter, state, logits, position, sampling, ends, generator):
+def _decode(adapter, state, logits, position, sampling, progress, generator):
     """(B, steps) sampled ids and their log-probs; a row's entries after its end mean nothing."""
     device = adapter.device
     steps = state.own[0][0].shape[2]
-    ends = torch.tensor(ends, dtype=torch.int64, device=device)
-    running = torch.ones(state.total, dtype=torch.bool, device=device)
     tokens, logps = [], []
     for step in range(steps):
-        token, logp = sampling.draw(logits, generator)
+        token, logp = sampling.draw(logits, generator, progress.seen, step)
         tokens.append(token)
         logps.append(logp)
-        running &= ~torch.isin(token, ends)
-        if step + 1 == steps or not running.any():
+        if not progress.add(token) or step + 1 == steps:
             break
         where = position + step
         if adapter.family.axes > 1:
@@ -139,11 +164,8 @@ def _end_ids(adapter: Adapter, eos_token_id: int | Sequence[int] | None) -> list
     return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
 
-def _filled(groups, num_generations: int, tokens: Tensor, logps: Tensor, ends: list[int]):
-    """The groups with their completions, each cut after its first end token."""
-    stop = torch.isin(tokens, torch.tensor(ends, dtype=torch.int64, device=tokens.device))
-    stop[:, -1] = True
-    lengths = (stop.int().argmax(1) + 1).tolist()
+def _filled(groups, num_generations: int, tokens: Tensor, logps: Tensor, lengths: list[int]):
+    """The groups with their completions, each cut to its length."""
     filled = []
     for i, group in enumerate(groups):
         rows = range(i * num_generations, (i + 1) * num_generations)

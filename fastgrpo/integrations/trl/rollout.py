@@ -2,37 +2,118 @@
 
 from __future__ import annotations
 
+import logging
+import reprlib
+
 import numpy as np
 import torch
+from transformers import GenerationConfig, PreTrainedModel
+from trl.extras.profiling import profiling_context
 
 from fastgrpo.errors import InputError
+from fastgrpo.integrations.trl.support import give_back_attention
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing import Group
 from fastgrpo.packing.planner import regroup
 from fastgrpo.rollout import generate
 
-# Settings of transformers' generation that a packed rollout has, and the neutral value of others.
-_NEUTRAL = {
-    "repetition_penalty": 1.0,
-    "min_p": (None, 0.0),
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "num_beams": 1,
-    "bad_words_ids": None,
-    "force_words_ids": None,
-}
+logger = logging.getLogger(__name__)
+
+# What a packed rollout implements of transformers' generation settings.
+_OBEYED = frozenset(
+    "do_sample max_new_tokens min_new_tokens stop_strings eos_token_id suppress_tokens "
+    "temperature top_k top_p min_p repetition_penalty".split()
+)
+# Without effect on the tokens that are sampled: max_new_tokens takes the place of max_length.
+_WITHOUT_EFFECT = frozenset(
+    "max_length pad_token_id bos_token_id disable_compile transformers_version".split()
+)
 
 
-def check_sampling(config) -> None:
-    """`InputError` for a generation setting that a packed rollout does not have."""
-    for name, neutral in _NEUTRAL.items():
-        value = getattr(config, name, None)
-        allowed = neutral if isinstance(neutral, tuple) else (neutral, None)
-        if value not in allowed:
-            raise InputError(f"packed_rollout: {name}={value} is not supported; leave it neutral")
+class RolloutMixin:
+    """Samples in packed rows wherever they obey every setting; elsewhere TRL does, and is named."""
+
+    def _generate_single_turn(
+        self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
+    ):
+        settings = self._packed_settings(has_tool_images)
+        if settings is None:
+            give_back_attention(self)
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        with profiling_context(self, "transformers.generate"), self.accelerator.autocast():
+            completion_ids = sample_rows(
+                self.accelerator.unwrap_model(self.model),
+                prompt_ids,
+                multimodal_fields,
+                None if images is None else [len(row or ()) for row in images],
+                settings,
+                tokenizer=self._tokenizer,
+                max_tokens=self.fast.max_tokens,
+                backend=self.fast.backend,
+            )
+        return completion_ids, None
+
+    def _packed_settings(self, has_tool_images: bool) -> GenerationConfig | None:
+        """The settings to sample with in packed rows; None: TRL samples, and the log says why."""
+        if self.fast.packed_rollout is False:
+            return None
+        settings, reason = packed_settings(self, has_tool_images)
+        if reason is None:
+            return settings
+        if self.fast.packed_rollout:
+            raise InputError(f"packed_rollout=True: {reason}; leave packed_rollout out or change it")
+        if reason not in self._logged_reasons:
+            self._logged_reasons.add(reason)
+            logger.warning(
+                "packed rollout: %s, so TRL's own generation samples, which encodes a prompt and "
+                "its images once per completion and not once per group",
+                reason,
+            )
+        return None
+
+
+def effective_settings(model: PreTrainedModel, config: GenerationConfig) -> GenerationConfig:
+    """What `model.generate(generation_config=config)` goes by: unset fields are the model's own."""
+    settings, _ = model._prepare_generation_config(config)
+    return settings
+
+
+def unserved_setting(settings: GenerationConfig, eos_token_ids: list[int]) -> str | None:
+    """The first setting that a packed rollout would not obey, as `name=value`; None: it obeys all.
+
+    `settings` are effective ones. Every field that differs from transformers' default must be
+    among those implemented, so that a field added tomorrow counts as one that is not.
+    """
+    neutral = GenerationConfig()
+    neutral.update(**neutral._get_default_generation_params(), defaults_only=True)
+    for name, value in sorted(vars(settings).items()):
+        if name in _OBEYED or name in _WITHOUT_EFFECT or name.startswith("_"):
+            continue
+        default = getattr(neutral, name, None)
+        if value is not None and value != (False if default is None else default):
+            return f"{name}={reprlib.repr(value)}"
+    if settings.max_new_tokens is None:
+        return "max_new_tokens=None"
+    # TRL cuts a completion at its own end ids; another set leaves the padding in.
+    ends = settings.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or ())
+    return None if set(ends) == set(eos_token_ids) else f"eos_token_id={settings.eos_token_id}"
+
+
+def packed_settings(trainer, has_tool_images: bool) -> tuple[GenerationConfig | None, str | None]:
+    """The effective settings of the trainer's rollouts, and why packed rows cannot obey them."""
+    if trainer.use_vllm:
+        return None, "use_vllm=True samples in another engine"
+    if trainer.use_transformers_continuous_batching:
+        return None, "use_transformers_continuous_batching=True is another engine"
+    if has_tool_images:
+        return None, "a tool returned images inside a completion"
+    model = Adapter(trainer.accelerator.unwrap_model(trainer.model)).core
+    settings = effective_settings(model, trainer.generation_config)
+    unserved = unserved_setting(settings, trainer.eos_token_ids)
+    return settings, unserved and f"{unserved} is not implemented"
 
 
 def sample_rows(
@@ -40,18 +121,19 @@ def sample_rows(
     prompt_ids: list[list[int]],
     fields: dict,
     num_images: list[int] | None,
-    config,
-    eos_token_ids: list[int],
+    settings: GenerationConfig,
     *,
-    max_tokens: int | None,
-    backend: str | None,
+    tokenizer=None,
+    max_tokens: int | None = None,
+    backend: str | None = None,
 ) -> list[list[int]]:
     """One completion per row, in row order; rows with the same prompt and images are one group.
 
-    `prompt_ids` and `fields` are those of TRL's `_generate_single_turn`, `config` its
-    GenerationConfig. A completion ends with its first end token.
+    `prompt_ids` and `fields` are those of TRL's `_generate_single_turn`, `settings` effective ones
+    that `unserved_setting` has passed. A completion ends with its first end token or with the
+    token that completes a stop string. Rows that are whole groups in order take the random numbers
+    that TRL's rows would take.
     """
-    check_sampling(config)
     # The processor leaves images as arrays or lists; TRL, too, makes tensors of them only here.
     family = Adapter(model).family
     images = {
@@ -77,16 +159,33 @@ def sample_rows(
             model,
             prompts,
             size,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature if config.do_sample else 0.0,
-            top_k=config.top_k or 0,
-            top_p=1.0 if config.top_p is None else config.top_p,
-            eos_token_id=eos_token_ids,
-            suppress_token_ids=config.suppress_tokens or (),
+            tokenizer=tokenizer,
             max_tokens=max_tokens,
             backend=backend,
+            **_keywords(settings),
         )
         for members, group in zip(parts, filled, strict=True):
             for row, ids in zip(members, group.completions, strict=True):
                 completions[row] = ids.tolist()
     return completions
+
+
+def _keywords(settings: GenerationConfig) -> dict:
+    """The settings under the names of `generate`; warpers act on samples only, not on a maximum."""
+    keywords = dict(
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens or 0,
+        repetition_penalty=settings.repetition_penalty,
+        eos_token_id=() if settings.eos_token_id is None else settings.eos_token_id,
+        suppress_token_ids=settings.suppress_tokens or (),
+        stop_strings=settings.stop_strings,
+        temperature=0.0,
+    )
+    if settings.do_sample:
+        keywords |= dict(
+            temperature=settings.temperature,
+            top_k=settings.top_k or 0,
+            top_p=settings.top_p,
+            min_p=settings.min_p or 0.0,
+        )
+    return keywords

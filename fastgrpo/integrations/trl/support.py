@@ -9,6 +9,7 @@ import trl
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from fastgrpo import attention
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 
@@ -131,3 +132,16 @@ def check_forward(model: torch.nn.Module) -> None:
 def _below_accelerate(model: torch.nn.Module):
     """The forward that accelerate's mixed-precision wrappers call, if it added any."""
     return getattr(model, "_original_forward", model.forward)
+
+
+def give_back_attention(trainer: GRPOTrainer) -> None:
+    """Gives the models the attention they came with, for code that asks for it by name.
+
+    The next packed row takes it again. Not between a forward and its backward: gradient
+    checkpointing runs the forward once more.
+    """
+    for model in (trainer.model, trainer.ref_model):
+        if model is not None:
+            core = Adapter(trainer.accelerator.unwrap_model(model)).core
+            if attention.is_installed(core):
+                attention.uninstall(core)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 from trl import GRPOTrainer
-from trl.extras.profiling import profiling_context
 
 from fastgrpo.advantages.perception_rule import PerceptionRule
 from fastgrpo.advantages.rule import AdvantageRule
@@ -16,7 +15,7 @@ from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl.batches import BatchMixin
 from fastgrpo.integrations.trl.perception import PERTURBED, PerceptionMixin
 from fastgrpo.integrations.trl.rewarding import RewardMixin
-from fastgrpo.integrations.trl.rollout import sample_rows
+from fastgrpo.integrations.trl.rollout import RolloutMixin
 from fastgrpo.integrations.trl.rows import (
     anchor_group,
     as_groups,
@@ -48,7 +47,9 @@ class FastOptions:
     `skip_zero_gradient`: no backward for groups whose advantages are all 0, where nothing else in
     TRL's loss (KL, entropy bonus) gives them a gradient.
     `packed_rollout`: sample with `fastgrpo.generate`, each prompt and image prefilled once per
-    group, instead of `model.generate`: the same distribution, other random numbers.
+    group, instead of `model.generate`: the same distribution, and the same random numbers where a
+    batch is whole groups in order. None: wherever it obeys every generation setting, elsewhere
+    TRL's own generation and one line with the reason; True raises there, False never uses it.
     `liger_kernels`: liger-kernel's RMSNorm, rotary and SwiGLU layers (never its loss), CUDA only.
     """
 
@@ -60,11 +61,11 @@ class FastOptions:
     reward_timeout: float | None = None
     exact_zero_advantages: bool = True
     skip_zero_gradient: bool = True
-    packed_rollout: bool = False
+    packed_rollout: bool | None = None
     liger_kernels: bool = False
 
 
-class _FastMixin(PerceptionMixin, RewardMixin, BatchMixin):
+class _FastMixin(PerceptionMixin, RewardMixin, RolloutMixin, BatchMixin):
     """The methods that replace TRL's; see `accelerate`."""
 
     def _install(
@@ -214,31 +215,6 @@ class _FastMixin(PerceptionMixin, RewardMixin, BatchMixin):
         )
         self._checked_models.add(id(model))
         self._metrics[self._mode]["fastgrpo/self_check_max_abs"].append(error)
-
-    def _generate_single_turn(
-        self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
-    ):
-        if not self.fast.packed_rollout:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
-        if self.use_vllm or self.use_transformers_continuous_batching or has_tool_images:
-            raise InputError(
-                "packed_rollout: samples in this process from prompts; turn off vLLM, continuous "
-                "batching and tools that return images"
-            )
-        with profiling_context(self, "transformers.generate"), self.accelerator.autocast():
-            completion_ids = sample_rows(
-                self.accelerator.unwrap_model(self.model),
-                prompt_ids,
-                multimodal_fields,
-                None if images is None else [len(row or ()) for row in images],
-                self.generation_config,
-                self.eos_token_ids,
-                max_tokens=self.fast.max_tokens,
-                backend=self.fast.backend,
-            )
-        return completion_ids, None
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not load_renamed(self.model if model is None else model, resume_from_checkpoint):

@@ -185,9 +185,9 @@ def test_greedy_settings_equal_model_generate(family, setting):
     images = [(4, 4)] if family in models.VLM_FAMILIES else []
     groups = empty_groups(model, [(images, 6), (images, 11), ([], 3)])
     free = generate(model, groups, 1, max_new_tokens=8, temperature=0.0, eos_token_id=())
-    ends = [127]
+    ends = [127, 151645]  # one outside the vocabulary
     if "min_new_tokens" in setting:  # ids that the rows would have early
-        ends = sorted({int(group.completions[0][i]) for group in free for i in (1, 2)})
+        ends += sorted({int(group.completions[0][i]) for group in free for i in (1, 2)})
     banned = [models.IMAGE_ID, models.VIDEO_ID] if images else []
     expected = stock_completions(
         model, groups, max_new_tokens=8, eos_token_id=ends, suppress_tokens=banned or None,
@@ -199,7 +199,9 @@ def test_greedy_settings_equal_model_generate(family, setting):
     for group, ids in zip(got, expected, strict=True):
         assert [c.tolist() for c in group.completions] == [ids, ids]
     plain = generate(model, groups, 2, max_new_tokens=8, temperature=0.0, eos_token_id=ends)
-    same = [torch.equal(a.completions[0], b.completions[0]) for a, b in zip(got, plain, strict=True)]
+    same = [
+        torch.equal(a.completions[0], b.completions[0]) for a, b in zip(got, plain, strict=True)
+    ]
     assert not all(same)
 
 

@@ -69,7 +69,7 @@ BAD = {
     "list": (lambda **k: [1.0, [2], 3.0], [1.0, None, 3.0], "returned list, not a number"),
     "complex": (lambda **k: [1.0, 2j, 3.0], [1.0, None, 3.0], "returned complex, not a number"),
     "NaN": (lambda **k: [1.0, float("nan"), 3.0], [1.0, None, 3.0], "returned NaN"),
-    "inf": (lambda **k: [float("inf"), -float("inf"), 3.0], [None, None, 3.0], "beyond float32"),
+    "inf": (lambda **k: [float("inf"), -np.inf, 3.0], [None, None, 3.0], "an infinite value"),
     "huge": (lambda **k: [1e39, -(10**400), 3.0], [None, None, 3.0], "beyond float32"),
 }
 
@@ -180,3 +180,41 @@ def test_columns_reach_the_function():
     seen = {}
     call(lambda **k: seen.update(k) or [0, 0, 0], solution=["x", "y", "z"])
     assert seen["solution"] == ["x", "y", "z"] and seen["prompts"] == ["p"] * 3
+
+
+def test_a_call_in_any_form_is_answered_as_the_bare_function_answers_it():
+    """TRL's own tests call a reward that an environment owns with the environments alone."""
+
+    class Environment:
+        def get_reward(self):
+            return 2.5
+
+    def owned(environments, **columns):
+        return [environment.get_reward() for environment in environments]
+
+    async def owned_async(environments, **columns):
+        return owned(environments)
+
+    guard = RewardGuard()
+    two = [Environment(), Environment()]
+    assert guard.wrap(owned)(environments=two) == [2.5, 2.5]
+    assert guard.wrap(owned)(two) == [2.5, 2.5]
+    assert asyncio.run(guard.wrap(owned_async)(environments=two)) == [2.5, 2.5]
+    assert guard.wrap(owned)(environments=[two[0], None]) == [None, None]
+    assert guard.take_counts() == {"owned": 2}
+    assert guard.wrap(lambda scale=2: [1.0 * scale])() == [2.0]
+    with pytest.raises(ZeroDivisionError):  # with no sample to set aside there is no other answer
+        guard.wrap(lambda: 1 / 0)()
+
+
+def test_only_a_first_batch_that_fails_whole_stops_the_run():
+    def guard_after(*failures):
+        guard = RewardGuard()
+        guard.wrap(raising, "fn")(completions=COMPLETIONS)
+        for failed in failures:
+            guard.check_first_call(failed, 3)
+
+    with pytest.raises(InputError, match="fn failed for all 3 samples.*UnboundLocalError"):
+        guard_after({"good": 0.0, "fn": 3.0})
+    guard_after({"fn": 2.0}, {"fn": 3.0})
+    guard_after({"fn": 0.0}, {"fn": 3.0})

@@ -40,6 +40,21 @@ def test_greedy_rollouts_are_those_of_trl(checkpoint, tmp_path):
             assert ours[name] == pytest.approx(stock[name], rel=1e-4, abs=1e-6), name
 
 
+def test_sampled_rollouts_are_those_of_trl(checkpoint, tmp_path):
+    """Whole groups in order take the random numbers that TRL's rows take."""
+    runs = []
+    for packed in (False, True):
+        trainer = build_trainer(
+            FastGRPOTrainer, checkpoint, tmp_path / str(packed), rows=MIXED, max_steps=2,
+            fast={"packed_rollout": packed}, min_p=0.02, repetition_penalty=1.2, top_p=0.9,
+        )  # fmt: skip
+        trainer.train()
+        runs.append(steps_of(trainer))
+    for stock, ours in zip(*runs, strict=True):
+        for name in ("completions/mean_length", "reward", "reward_std", "entropy", "kl"):
+            assert ours[name] == pytest.approx(stock[name], rel=1e-4, abs=1e-6), name
+
+
 def test_each_prompt_is_prefilled_once(checkpoint, tmp_path):
     trainer = build_trainer(
         FastGRPOTrainer,

@@ -1,6 +1,7 @@
 """FastGRPOTrainer beyond plain parity: mixed batches, masks, failures, resume, refusals."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -368,6 +369,34 @@ def test_failing_rewards_do_not_end_the_run(checkpoint, tmp_path, caplog):
     assert steps[1]["rewards/detection_score/mean"] is None
     assert steps[1]["rewards/judge/mean"] == 1.0
     assert all(0 <= e["grad_norm"] < float("inf") for e in steps)
+
+
+def test_a_misspelt_column_stops_the_run_at_its_first_batch(checkpoint, tmp_path):
+    def exact_match(completions, soluton, **columns):
+        return [0.0] * len(completions)
+
+    trainer = build_trainer(
+        FastGRPOTrainer, checkpoint, tmp_path, reward=[distinct_characters, exact_match]
+    )
+    with pytest.raises(InputError, match="exact_match failed for all 8 samples.*soluton"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_an_infinite_value_of_a_reward_model_is_named_and_counted(checkpoint, tmp_path, caplog):
+    trainer = build_trainer(FastGRPOTrainer, checkpoint, tmp_path, max_steps=1)
+
+    class Model(torch.nn.Module):
+        def forward(self, input_ids, **columns):
+            scores = torch.arange(len(input_ids), dtype=torch.float32)[:, None]
+            return SimpleNamespace(logits=scores.masked_fill(scores == 3, torch.inf))
+
+    trainer.reward_funcs, trainer.reward_func_names = [Model()], ["model"]
+    trainer.reward_processing_classes = [trainer._tokenizer]
+    trainer.train()
+    assert "reward model: returned an infinite value; the reward of 1 sample(s)" in caplog.text
+    assert steps_of(trainer)[0]["fastgrpo/reward_errors/model"] == 1
+    assert list(trainer._logs["advantages"])[3] == 0.0
 
 
 def test_a_group_without_any_reward_has_advantage_zero(checkpoint, tmp_path):

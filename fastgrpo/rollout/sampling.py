@@ -72,13 +72,11 @@ class Sampling:
             penalty = self.repetition_penalty
             penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
             logits = torch.where(seen, penalized, logits)
-        banned = [self.suppress]
-        if num_tokens < self.min_new_tokens:
-            banned.append(self.ends)
-        for ids in banned:
-            if len(ids):
-                ids = torch.as_tensor(ids, device=logits.device)
-                logits = logits.index_fill(1, ids, float("-inf"))
+        every_id = torch.arange(logits.shape[1], device=logits.device)
+        for ids in (self.suppress, self.ends if num_tokens < self.min_new_tokens else ()):
+            if len(ids):  # of which some may lie outside the vocabulary
+                banned = torch.isin(every_id, torch.as_tensor(ids, device=logits.device))
+                logits = logits.masked_fill(banned, float("-inf"))
         return logits
 
     def _warped(self, logits: Tensor) -> Tensor:

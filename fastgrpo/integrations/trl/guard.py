@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from fastgrpo.errors import InputError
 
 logger = logging.getLogger(__name__)
 MAX_REWARD = torch.finfo(torch.float32).max
+INFINITE = "returned an infinite value"
 
 
 class _TimeOut(BaseException):
@@ -33,42 +35,34 @@ class RewardGuard:
 
     TRL leaves None out of the group's statistics, and the sample's advantage is exactly 0. A call
     that raises, runs longer than `timeout` seconds or returns another number of rewards fails for
-    all its samples; a value that is not a number, NaN, or beyond float32 fails for its own sample.
-    Each (function, reason) is logged once; `take_counts` gives the samples failed per function
-    since it was last called. `InputError` passes (the call itself is wrong: a column is missing),
-    as do `KeyboardInterrupt` and `SystemExit`.
+    all its samples; a value that is not a number, NaN, infinite or beyond float32 fails for its own
+    sample. A call has as many samples as `completions`, or as the first list it is given; one
+    without any list is passed on as it is. Each (function, reason) is logged once; `take_counts`
+    gives the samples failed per function since it was last called. `InputError` passes (the call
+    itself is wrong: a column is missing), as do `KeyboardInterrupt` and `SystemExit`.
     """
 
     def __init__(self, timeout: float | None = None):
         self.timeout = timeout
         self._counts: Counter[str] = Counter()
-        self._logged: set[tuple[str, str]] = set()
+        self._reasons: dict[str, list[str]] = {}
+        self._called = False
 
     def wrap(self, function: Callable, name: str | None = None) -> Callable:
         """The guarded function, async if `function` is."""
         name = name or get_callable_name(function)
 
         async def guarded_async(*args, **kwargs):
-            try:
-                rewards = _listed(await asyncio.wait_for(function(*args, **kwargs), self.timeout))
-            except InputError:
-                raise
-            except TimeoutError as error:
-                return self._fail_all(name, str(error) or self._limit(), kwargs)
-            except Exception as error:
-                return self._fail_all(name, f"{type(error).__name__}: {error}", kwargs)
-            return self._check(name, rewards, len(kwargs["completions"]))
+            with self._failures(name, args, kwargs) as call:
+                call.rewards = _listed(
+                    await asyncio.wait_for(function(*args, **kwargs), self.timeout)
+                )
+            return call.rewards
 
         def guarded(*args, **kwargs):
-            try:
-                rewards = _run_within(self.timeout, lambda: _listed(function(*args, **kwargs)))
-            except InputError:
-                raise
-            except _TimeOut:
-                return self._fail_all(name, self._limit(), kwargs)
-            except Exception as error:
-                return self._fail_all(name, f"{type(error).__name__}: {error}", kwargs)
-            return self._check(name, rewards, len(kwargs["completions"]))
+            with self._failures(name, args, kwargs) as call:
+                call.rewards = _run_within(self.timeout, lambda: _listed(function(*args, **kwargs)))
+            return call.rewards
 
         wrapper = guarded_async if is_async_callable(function) else guarded
         if hasattr(function, "__name__"):
@@ -76,11 +70,45 @@ class RewardGuard:
         wrapper.__name__ = name
         return wrapper
 
+    @contextmanager
+    def _failures(self, name: str, args: tuple, kwargs: dict):
+        """Inside, a call sets `rewards`; afterwards they are checked, or None for what failed."""
+        call = SimpleNamespace(rewards=None)
+        num_samples = _num_samples(args, kwargs)
+        try:
+            yield call
+        except InputError:
+            raise
+        except _TimeOut:
+            if num_samples is None:
+                raise TimeoutError(self._limit()) from None
+            reason = self._limit()
+        except Exception as error:
+            if num_samples is None:
+                raise
+            silent = isinstance(error, TimeoutError) and not str(error)  # asyncio's own
+            reason = self._limit() if silent else f"{type(error).__name__}: {error}"
+        else:
+            if num_samples in (None, len(call.rewards)):
+                call.rewards = [self._number(name, value) for value in call.rewards]
+                return
+            reason = f"returned {len(call.rewards)} rewards for {num_samples} completions"
+        self.count(name, reason, num_samples)
+        call.rewards = [None] * num_samples
+
+    def _limit(self) -> str:
+        return f"ran longer than {self.timeout} s"
+
     def count(self, name: str, reason: str, num_samples: int = 1) -> None:
         """Counts failed samples; the reason is logged the first time."""
         self._counts[name] += num_samples
-        if (name, reason) not in self._logged:
-            self._logged.add((name, reason))
+        self.log(name, reason, num_samples)
+
+    def log(self, name: str, reason: str, num_samples: int) -> None:
+        """Logs a reason the first time it comes."""
+        known = self._reasons.setdefault(name, [])
+        if reason not in known:
+            known.append(reason)
             logger.warning(
                 "reward %s: %s; the reward of %d sample(s) is None, their advantage 0. "
                 "Later failures of this kind are counted in fastgrpo/reward_errors/%s only.",
@@ -94,21 +122,22 @@ class RewardGuard:
         counts, self._counts = self._counts, Counter()
         return counts
 
-    def _limit(self) -> str:
-        return f"ran longer than {self.timeout} s"
+    def check_first_call(self, failed: dict[str, float], num_samples: int) -> None:
+        """`InputError` if a function failed for every sample of the first batch it was given.
 
-    def _fail_all(self, name: str, reason: str, kwargs: dict) -> list[None]:
-        num_samples = len(kwargs["completions"])
-        self.count(name, reason, num_samples)
-        return [None] * num_samples
-
-    def _check(self, name: str, rewards: list, num_samples: int) -> list[float | None]:
-        if len(rewards) != num_samples:
-            self.count(
-                name, f"returned {len(rewards)} rewards for {num_samples} completions", num_samples
-            )
-            return [None] * num_samples
-        return [self._number(name, value) for value in rewards]
+        (A misspelt column fails for all samples of all batches, and a run would train on nothing.)
+        `failed`: samples failed per function, over all processes.
+        """
+        if self._called:
+            return
+        self._called = True
+        for name, count in failed.items():
+            if count >= num_samples > 0:
+                reasons = "; ".join(self._reasons.get(name, ["on another process"]))
+                raise InputError(
+                    f"reward {name} failed for all {num_samples} samples of its first batch "
+                    f"({reasons}): nothing could be learnt from it"
+                )
 
     def _number(self, name: str, value: object) -> float | None:
         if value is None:
@@ -117,6 +146,8 @@ class RewardGuard:
             value = value.item()
         if not isinstance(value, numbers.Real | np.bool_):
             self.count(name, f"returned {type(value).__name__}, not a number")
+        elif value in (math.inf, -math.inf):
+            self.count(name, INFINITE)
         elif abs(value) > MAX_REWARD:  # before isnan, which cannot take a huge integer
             self.count(name, "returned a value beyond float32")
         elif math.isnan(value):
@@ -124,6 +155,11 @@ class RewardGuard:
         else:
             return float(value)
         return None
+
+
+def _num_samples(args: tuple, kwargs: dict) -> int | None:
+    given = (kwargs.get("completions"), *args, *kwargs.values())
+    return next((len(value) for value in given if isinstance(value, list | tuple)), None)
 
 
 def _listed(rewards: object) -> list:

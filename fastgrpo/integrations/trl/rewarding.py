@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastgrpo.advantages import paired_gate
 from fastgrpo.advantages.rule import AdvantageRule
-from fastgrpo.integrations.trl.guard import RewardGuard
+from fastgrpo.integrations.trl.guard import INFINITE, RewardGuard
 from fastgrpo.integrations.trl.reward_state import load_state_from, save_state_into
 from fastgrpo.ops.group_advantages import group_advantages
 
@@ -75,8 +75,13 @@ class RewardMixin:
         counts = self._guard.take_counts()
         local = torch.tensor([float(counts[name]) for name in names], device=device)
         failed = self.accelerator.gather(local).view(-1, len(names)).sum(0) + infinite.sum(0)
+        failed = dict(zip(names, failed.tolist(), strict=True))
+        for name, count in zip(names, infinite.sum(0).tolist(), strict=True):
+            if count:
+                self._guard.log(name, INFINITE, count)
+        self._guard.check_first_call(failed, len(rewards))
         metrics = self._metrics[self._mode]
-        for name, value in zip(names, failed.tolist(), strict=True):
+        for name, value in failed.items():
             metrics[f"fastgrpo/reward_errors/{name}"].append(value)
         metrics["fastgrpo/quarantined"].append(float(broken.sum()))
         for reason in sorted(set(reasons) - {None} - self._logged_reasons):

@@ -63,7 +63,9 @@ class RolloutMixin:
         if reason is None:
             return settings
         if self.fast.packed_rollout:
-            raise InputError(f"packed_rollout=True: {reason}; leave packed_rollout out or change it")
+            raise InputError(
+                f"packed_rollout=True: {reason}; leave packed_rollout out or change it"
+            )
         if reason not in self._logged_reasons:
             self._logged_reasons.add(reason)
             logger.warning(

@@ -10,23 +10,26 @@ from PIL import Image
 from fastgrpo import advantages as fa
 from fastgrpo.errors import InputError
 from fastgrpo.images import perturb
+from fastgrpo.judges import trajectory_preference_loss
+from fastgrpo.rewards.core import shaping, votes
+from fastgrpo.rewards.core.schedule import Schedule
 
 
 def test_schedule_steps_boundaries_are_inclusive():
-    threshold = fa.Schedule.steps([(0.10, 0.85), (0.25, 0.95), (1.0, 0.99)])
+    threshold = Schedule.steps([(0.10, 0.85), (0.25, 0.95), (1.0, 0.99)])
     assert [threshold(s, 100) for s in (0, 10, 11, 25, 26, 100, 250)] == [
         0.85, 0.85, 0.95, 0.95, 0.99, 0.99, 0.99,
     ]  # fmt: skip
 
 
 def test_schedule_kinds():
-    assert fa.Schedule.parse(0.3)(7, 10) == 0.3
-    linear = fa.Schedule.parse({"kind": "linear", "start": 1.0, "end": 0.0, "until": 0.5})
+    assert Schedule.parse(0.3)(7, 10) == 0.3
+    linear = Schedule.parse({"kind": "linear", "start": 1.0, "end": 0.0, "until": 0.5})
     assert [linear(s, 10) for s in (0, 5, 9)] == [1.0, 0.0, 0.0]
     assert linear(1, 10) == pytest.approx(0.8)
-    cosine = fa.Schedule("cosine", start=2.0, end=1.0)
+    cosine = Schedule("cosine", start=2.0, end=1.0)
     assert cosine(5, 10) == pytest.approx(1.5)
-    assert fa.Schedule("exponential", start=0.3, rate=2.0)(5, 10) == pytest.approx(0.3 / math.e)
+    assert Schedule("exponential", start=0.3, rate=2.0)(5, 10) == pytest.approx(0.3 / math.e)
 
 
 @pytest.mark.parametrize(
@@ -35,45 +38,35 @@ def test_schedule_kinds():
 )
 def test_schedule_refuses(spec):
     with pytest.raises(InputError):
-        fa.Schedule.parse(spec)
+        Schedule.parse(spec)
 
 
 def test_cross_vote_ties_go_to_the_first_seen_and_empty_answers_do_not_count():
-    rewards = fa.cross_vote_rewards(["b", "", None, "a"], ["a", "b", "", ""])
+    rewards = votes.cross_vote_rewards(["b", "", None, "a"], ["a", "b", "", ""])
     assert rewards == ([0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0])
-    assert fa.cross_vote_rewards(["", None], ["1", "1"]) == ([0.0, 0.0], [0.0, 0.0])
-    assert fa.majority_vote_rewards(["1", "2", "2", ""]) == [0.0, 1.0, 1.0, 0.0]
+    assert votes.cross_vote_rewards(["", None], ["1", "1"]) == ([0.0, 0.0], [0.0, 0.0])
+    assert votes.majority_vote_rewards(["1", "2", "2", ""]) == [0.0, 1.0, 1.0, 0.0]
 
 
 def test_trust_lowers_the_weight_of_a_judge_that_prefers_wrong_answers():
     outcome, thinking = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.2, 0.4, 0.9])
-    trusted = fa.trust_weighted_rewards(outcome, thinking, step=0)
+    trusted = votes.trust_weighted_rewards(outcome, thinking, step=0)
     gamma = math.exp(0.3 - 0.9)
     assert trusted.gamma == pytest.approx(gamma)
     expected = outcome.double() + 0.3 * gamma * thinking.double()
     torch.testing.assert_close(trusted.rewards, expected, rtol=0, atol=1e-7)
-    good = fa.trust_weighted_rewards(outcome, thinking.flip(0), step=100, total=100)
+    good = votes.trust_weighted_rewards(outcome, thinking.flip(0), step=100, total=100)
     assert good.gamma == 1.0
     assert good.rewards[2].item() == pytest.approx(0.3 / math.e * 0.2)
 
 
 def test_trust_without_a_wrong_answer_is_full():
-    trusted = fa.trust_weighted_rewards(torch.ones(2), torch.tensor([0.1, 0.5]), step=0)
+    trusted = votes.trust_weighted_rewards(torch.ones(2), torch.tensor([0.1, 0.5]), step=0)
     assert trusted.gamma == 1.0
-    upstream = fa.trust_weighted_rewards(
+    upstream = votes.trust_weighted_rewards(
         torch.ones(2), torch.tensor([0.1, 0.5]), step=0, compat="upstream"
     )
     assert upstream.thinking.tolist() == [0.0, 0.0] and upstream.gamma == 0.5
-
-
-def test_gate_scales_by_perception_and_names_groups_to_skip():
-    scaled, run = fa.gate_advantages(
-        torch.tensor([1.0, -1.0, 2.0]), torch.tensor([0.2, 0.4, 0.0, 0.0]), [2, 1]
-    )
-    torch.testing.assert_close(scaled, torch.tensor([0.3, -0.3, 0.0]))
-    assert run.tolist() == [True, False]
-    with pytest.raises(InputError, match="group_sizes"):
-        fa.gate_advantages(torch.ones(3), torch.ones(4), [2, 2])
 
 
 def test_paired_gate_joins_the_two_rollouts_of_a_question():
@@ -99,57 +92,46 @@ def test_online_filter():
 def test_running_shaper_counts_all_batches_like_one():
     torch.manual_seed(0)
     rewards = torch.randn(60)
-    for kind in fa.RunningShaper.KINDS:
-        whole, parts = fa.RunningShaper(kind), fa.RunningShaper(kind)
+    for kind in shaping.RunningShaper.KINDS:
+        whole, parts = shaping.RunningShaper(kind), shaping.RunningShaper(kind)
         whole(rewards)
         for part in rewards.split(7):
             parts(part)
         torch.testing.assert_close(whole(rewards[:3]), parts(rewards[:3]))
-        again = fa.RunningShaper(kind)
+        again = shaping.RunningShaper(kind)
         again.load_state_dict(parts.state_dict())
         assert torch.equal(again(rewards[3:5]), parts(rewards[3:5]))
 
 
 def test_running_shaper_special_values():
-    shaper = fa.RunningShaper("minmax")
+    shaper = shaping.RunningShaper("minmax")
     assert shaper(torch.tensor([torch.nan])).isnan().all()
     assert shaper(torch.tensor([2.0, 2.0, torch.nan])).tolist()[:2] == [0.0, 0.0]
 
 
 def test_shaping_against_references_closed_form():
     r, ref = torch.tensor([0.0, 7.0, -7.0]), torch.zeros(3, 1)
-    torch.testing.assert_close(fa.par(r, ref, sigmoid_k=2.0), torch.sigmoid(2 * r))
-    assert fa.fitted_polynomial(r, ref).tolist()[1:] == [1.0, 0.0]
+    torch.testing.assert_close(shaping.par(r, ref, sigmoid_k=2.0), torch.sigmoid(2 * r))
+    assert shaping.fitted_polynomial(r, ref).tolist()[1:] == [1.0, 0.0]
     near = torch.linspace(-5, 5, 101)
-    fit = fa.fitted_polynomial(near, torch.zeros(101, 1))
+    fit = shaping.fitted_polynomial(near, torch.zeros(101, 1))
     assert (fit - torch.sigmoid(near)).abs().max() < 0.04
-    torch.testing.assert_close(fa.par(r, torch.zeros(3, 50)), torch.sigmoid(r))
+    torch.testing.assert_close(shaping.par(r, torch.zeros(3, 50)), torch.sigmoid(r))
     with pytest.raises(InputError, match="at least 2"):
-        fa.log_sigmoid_centered(r, ref)
+        shaping.log_sigmoid_centered(r, ref)
     with pytest.raises(InputError, match="references"):
-        fa.par(r, torch.zeros(2, 1))
+        shaping.par(r, torch.zeros(2, 1))
 
 
 def test_delta_telescopes_and_clip_never_pays():
     r = torch.tensor([0.5, 0.7, 0.9, 0.3])
     torch.testing.assert_close(
-        fa.delta_step_rewards(r), torch.tensor([-0.2, -0.2, 0.9, 0.0]), atol=1e-6, rtol=0
+        shaping.delta_step_rewards(r), torch.tensor([-0.2, -0.2, 0.9, 0.0]), atol=1e-6, rtol=0
     )
-    assert fa.delta_step_rewards(r).sum().item() == pytest.approx(0.5)
-    assert fa.delta_step_rewards(torch.tensor([0.4])).tolist() == [0.0]
-    assert fa.delta_step_rewards(torch.zeros(0)).shape == (0,)
-    assert (fa.clip_step_rewards(r, 0.6) <= 0).all()
-
-
-def test_returns():
-    torch.testing.assert_close(
-        fa.discounted_returns(torch.tensor([1.0, 0.0, 2.0]), 0.5), torch.tensor([1.5, 1.0, 2.0])
-    )
-    value = fa.episode_return(torch.tensor([1.0, 1.0]), outcome=1.0, gamma=0.5)
-    assert value.item() == 2.5
-    one = torch.ones(1)
-    reward = fa.agent_step_rewards(one, one, one * 0.7, one * 2, one)
-    assert reward.item() == pytest.approx(0.3 + 0.7 - 0.02 - 0.5 * 0.05)
+    assert shaping.delta_step_rewards(r).sum().item() == pytest.approx(0.5)
+    assert shaping.delta_step_rewards(torch.tensor([0.4])).tolist() == [0.0]
+    assert shaping.delta_step_rewards(torch.zeros(0)).shape == (0,)
+    assert (shaping.clip_step_rewards(r, 0.6) <= 0).all()
 
 
 def test_step_baseline_counts_every_turn():
@@ -166,11 +148,11 @@ def test_step_baseline_counts_every_turn():
 def test_trajectory_preference_loss_gradient():
     q = torch.randn(6, dtype=torch.float64, requires_grad=True)
     args = ([2, 1, 3], ["a", "a", "b"], [True, True, False])
-    loss = fa.trajectory_preference_loss(q, *args)
+    loss = trajectory_preference_loss(q, *args)
     gap = (q[:2].sum() + q[2]) / 2 - q[3:].sum()
     torch.testing.assert_close(loss, -torch.nn.functional.logsigmoid(gap))
-    assert torch.autograd.gradcheck(lambda x: fa.trajectory_preference_loss(x, *args), q)
-    assert fa.trajectory_preference_loss(q, [6], ["a"], [True]).item() == 0.0
+    assert torch.autograd.gradcheck(lambda x: trajectory_preference_loss(x, *args), q)
+    assert trajectory_preference_loss(q, [6], ["a"], [True]).item() == 0.0
 
 
 def test_top_share_mask_ragged_with_ties_and_masks():

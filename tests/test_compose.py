@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from fastgrpo.advantages import Schedule
 from fastgrpo.errors import InputError
-from fastgrpo.rewards import compose
+from fastgrpo.rewards.core import compose
+from fastgrpo.rewards.core.schedule import Schedule
 
 
 class State:

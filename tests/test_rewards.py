@@ -14,9 +14,11 @@ import fastgrpo as fg
 from fastgrpo import rewards
 from fastgrpo.errors import InputError
 from fastgrpo.reference.average_precision import COCO, RECALLS
-from fastgrpo.rewards import v_triune
-from fastgrpo.rewards.boxes import first_box, iou_continuous
-from fastgrpo.rewards.text import clean_text, extract_choice, ngram_repetition
+from fastgrpo.rewards.geometry.overlap import iou
+from fastgrpo.rewards.read.boxes import first_box
+from fastgrpo.rewards.read.words import clean_text, ngram_repetition
+from fastgrpo.rewards.systems import v_triune
+from fastgrpo.rewards.systems.vlm_r1_answers_upstream import extract_choice
 
 CAT, DOG = BOXES
 SOLUTION = f"<answer>{fenced(BOXES)}</answer>"
@@ -138,7 +140,7 @@ def _brute_ap(preds, gts) -> float:
         g = [i["bbox_2d"] for i in gts if i["label"] == label]
         num_p, num_g, hits = len(p), len(g), 0
         while p and g:
-            best = max(((iou_continuous(a, b), i, j) for i, a in enumerate(p)
+            best = max(((iou(a, b), i, j) for i, a in enumerate(p)
                         for j, b in enumerate(g)), key=lambda t: t[0])  # fmt: skip
             if best[0] < threshold:
                 break

@@ -12,7 +12,7 @@ import pytest
 from reward_rows import MATHEMATICAL, call
 
 from fastgrpo import rewards
-from fastgrpo.rewards import math_pool
+from fastgrpo.rewards.read import math_pool
 
 BOUND = 0.020  # seconds of CPU per completion: the promise of every reward
 PLAIN = [name for name in rewards.names() if name not in MATHEMATICAL]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastgrpo.advantages.schedule import Schedule
 from fastgrpo.errors import InputError
 from fastgrpo.images.perturb import PERTURBATIONS
+from fastgrpo.rewards.core.schedule import Schedule
 
 
 @dataclass(frozen=True)

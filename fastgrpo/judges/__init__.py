@@ -11,9 +11,8 @@ from fastgrpo.judges.model import (
     CoTrainedReward,
     ImplicitProcessReward,
     ModelReward,
-    ScalarRewardModel,
     bradley_terry_loss,
-    fit_preferences,
     group_pairs,
+    trajectory_preference_loss,
 )
 from fastgrpo.judges.second_pass import SecondPass

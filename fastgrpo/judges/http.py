@@ -17,8 +17,8 @@ import orjson
 import re2
 
 from fastgrpo.errors import InputError
-from fastgrpo.judges.text import chat_text
-from fastgrpo.rewards.columns import row_columns, row_of
+from fastgrpo.rewards.core.columns import row_columns, row_of
+from fastgrpo.rewards.read.chat import chat_text
 
 Messages = list[dict[str, Any]]
 _NUMBER = re2.compile(r"(?:^|[^\d.])([01](?:\.\d+)?)(?:$|[^\d.]|\.(?:$|\D))")

@@ -15,7 +15,7 @@ from fastgrpo.engine import score
 from fastgrpo.engine.next_token import next_token_logits
 from fastgrpo.errors import InputError
 from fastgrpo.packing import Group
-from fastgrpo.rewards.columns import row_columns, row_of
+from fastgrpo.rewards.core.columns import row_columns, row_of
 
 Context = Callable[[Any, Any, dict[str, Any]], Group]
 

@@ -5,39 +5,15 @@ B completions, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.advantages.steps import trajectory_preference_loss
 from fastgrpo.errors import InputError
-from fastgrpo.judges.text import chat_text
-
-
-class ScalarRewardModel(nn.Module):
-    """A scalar reward head on a transformers backbone: r = W_2 SiLU(W_1 h_last), (B,).
-
-    ``h_last`` is the backbone's last hidden state at each row's last real token. Two layers with
-    SiLU are BaseReward's head; its training loss is ``bradley_terry_loss``.
-    """
-
-    def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Sequential(
-            nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, 1)
-        )
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Tensor:
-        """Rewards (B,) of right- or left-padded rows (B, L)."""
-        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-        hidden = out.last_hidden_state
-        columns = torch.arange(hidden.shape[1], device=hidden.device)
-        last = (columns * attention_mask).argmax(1)
-        return self.head(hidden[torch.arange(len(hidden), device=hidden.device), last])[:, 0]
+from fastgrpo.rewards.read.chat import chat_text
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -45,6 +21,25 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     if not chosen.numel():
         return chosen.sum() + rejected.sum()
     return -nn.functional.logsigmoid(chosen - rejected).mean()
+
+
+def trajectory_preference_loss(
+    log_ratio: Tensor, lengths: Sequence[int], trajectories: Sequence[Hashable], won: Sequence[bool]
+) -> Tensor:
+    """-log sigmoid(s_win - s_lose), mean over all win x lose pairs of one group; differentiable.
+
+    s of a trajectory is the mean over its turns of ``log_ratio`` summed over the turn's tokens;
+    ``log_ratio`` (T,) holds beta log(pi_phi / pi_ref) of all turns back to back, ``lengths`` their
+    token counts. 0 when a side is empty. Source: OPRL / iStar (``istar/rm_utils.py``).
+    """
+    turns = torch.stack([t.sum() for t in log_ratio.split(list(lengths))])
+    ids = list(dict.fromkeys(trajectories))
+    score = {t: turns[[i for i, u in enumerate(trajectories) if u == t]].mean() for t in ids}
+    outcome = {t: bool(w) for t, w in zip(trajectories, won, strict=True)}
+    gaps = [score[w] - score[x] for w in ids for x in ids if outcome[w] and not outcome[x]]
+    if not gaps:
+        return log_ratio.sum() * 0.0
+    return -torch.nn.functional.logsigmoid(torch.stack(gaps)).mean()
 
 
 class ModelReward:
@@ -257,36 +252,6 @@ class ImplicitProcessReward(_Learner):
         nn.utils.clip_grad_norm_(self._parameters(), self._max_grad_norm)
         self._optimizer.step()
         self.losses.append(loss.item())
-
-
-def fit_preferences(
-    score: Callable[[list[str]], Tensor],
-    pairs: Sequence[tuple[str, str]],
-    optimizer: torch.optim.Optimizer,
-    *,
-    batch_size: int = 8,
-    epochs: int = 1,
-    seed: int = 0,
-) -> list[float]:
-    """Train a scalar reward model on (chosen, rejected) texts; the loss of every step.
-
-    ``score(texts) -> (B,)`` is differentiable; the loss is ``bradley_terry_loss`` (BaseReward).
-    Pairs are shuffled anew each epoch by ``seed``.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    losses = []
-    for _ in range(epochs):
-        order = torch.randperm(len(pairs), generator=generator).tolist()
-        for start in range(0, len(order), batch_size):
-            batch = [pairs[i] for i in order[start : start + batch_size]]
-            chosen, rejected = zip(*batch, strict=True)
-            scores = score([*chosen, *rejected])
-            loss = bradley_terry_loss(*scores.split(len(chosen)))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    return losses
 
 
 def group_pairs(texts: list[str], values: list, group_size: int) -> list[tuple[str, str]]:

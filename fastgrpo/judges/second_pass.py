@@ -7,7 +7,7 @@ from typing import Any
 
 from fastgrpo.errors import InputError
 from fastgrpo.packing import Group
-from fastgrpo.rewards.columns import row_columns, row_of
+from fastgrpo.rewards.core.columns import row_columns, row_of
 from fastgrpo.rollout import generate
 
 

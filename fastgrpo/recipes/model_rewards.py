@@ -23,8 +23,8 @@ from fastgrpo.judges import (
 )
 from fastgrpo.models.family import TEXT_OUTPUTS
 from fastgrpo.packing import Group
-from fastgrpo.rewards.registry import completion_text
-from fastgrpo.rewards.text import between
+from fastgrpo.rewards.read.chat import completion_text
+from fastgrpo.rewards.read.tags import between
 
 
 class Bound:

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 
 from fastgrpo import rewards
-from fastgrpo.advantages.schedule import Schedule
 from fastgrpo.errors import InputError
 from fastgrpo.judges import HTTPJudge, ModelReward
 from fastgrpo.recipes import model_rewards
-from fastgrpo.rewards import compose
-from fastgrpo.rewards import text as reward_text
+from fastgrpo.rewards.core import compose
+from fastgrpo.rewards.core.schedule import Schedule
+from fastgrpo.rewards.read.tags import answer
 
 BOUND = ("second_pass", "listener", "follow_up", "co_trained", "implicit_process")
 KINDS = ("reward", "judge", "model", "compose", *BOUND)
@@ -117,9 +117,9 @@ def _composite(kind: str, options: Mapping, group_size: int) -> Callable:
     if kind in compose.RunningShaper.KINDS:
         return compose.Running(*parts, kind)
     if kind == "majority_vote":
-        return compose.MajorityVote(reward_text.answer, group_size)
+        return compose.MajorityVote(answer, group_size)
     if kind == "cross_vote":
-        return compose.CrossVote(reward_text.answer)
+        return compose.CrossVote(answer)
     if kind == "trust":
         return compose.Trust(*parts, group_size, **options)
     if kind == "judged":

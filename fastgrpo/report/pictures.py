@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from fastgrpo.images import ImageFault, load_image
-from fastgrpo.rewards.text import answer, pattern
+from fastgrpo.rewards.read.tags import answer, pattern
 
 TRUTH, PREDICTED = "#1f9d55", "#e8590c"
 SIDE = 160  # of a thumbnail, in pixels

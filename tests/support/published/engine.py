@@ -9,9 +9,11 @@ from torch import Tensor
 
 from fastgrpo import advantages as fa
 from fastgrpo.images.perturb import blacken_patches
+from fastgrpo.judges import trajectory_preference_loss
 from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops.grpo_loss import grpo_loss
 from fastgrpo.ops.token_kl import token_kl
+from fastgrpo.rewards.core import shaping, votes
 
 OBJECTIVE_ADAPTERS = {}
 _ESTIMATOR = {"kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3"}
@@ -256,13 +258,13 @@ def _par(inputs: dict) -> tuple[Tensor, Tensor | None]:
 )
 def par_sigmoid(inputs, compat="upstream"):
     rewards, references = _par(inputs)
-    return fa.par(rewards, references, sigmoid_k=inputs.get("sigmoid_k", 1)).tolist()
+    return shaping.par(rewards, references, sigmoid_k=inputs.get("sigmoid_k", 1)).tolist()
 
 
 def _running(function: str, kind: str) -> None:
     @adapter("PAR", function)
     def shaped(inputs, compat="upstream"):
-        return fa.RunningShaper(kind)(_par(inputs)[0]).tolist()
+        return shaping.RunningShaper(kind)(_par(inputs)[0]).tolist()
 
 
 _running("shaped_reward (meanstd, running)", "meanstd")
@@ -272,13 +274,17 @@ _running("shaped_reward (minmax, running)", "minmax")
 
 @adapter("PAR", "shaped_reward (lsc: log-sigmoid centred at 85th percentile)")
 def par_log_sigmoid(inputs, compat="upstream"):
-    return fa.log_sigmoid_centered(*_par(inputs)).tolist()
+    return shaping.log_sigmoid_centered(*_par(inputs)).tolist()
 
 
 @adapter("PAR", "shaped_reward (tanh / fittedpoly relative)")
 def par_relative(inputs, compat="upstream"):
     rewards, references = _par(inputs)
-    shapes = {"tanh": fa.relative_tanh, "fittedpoly": fa.fitted_polynomial, "centered": fa.centered}
+    shapes = {
+        "tanh": shaping.relative_tanh,
+        "fittedpoly": shaping.fitted_polynomial,
+        "centered": shaping.centered,
+    }
     return {name: shape(rewards, references).tolist() for name, shape in shapes.items()}
 
 
@@ -313,7 +319,7 @@ def istar_preference(inputs, compat="upstream"):
     q = inputs["beta"] * torch.tensor(inputs["log_ratio_q"]).double()
     lengths = [q.shape[1]] * q.shape[0]
     won = [bool(a) for a in inputs["acc"]]
-    return fa.trajectory_preference_loss(q.flatten(), lengths, inputs["traj"], won).item()
+    return trajectory_preference_loss(q.flatten(), lengths, inputs["traj"], won).item()
 
 
 # Co-Reward and SophiaVL-R1
@@ -321,7 +327,7 @@ def istar_preference(inputs, compat="upstream"):
 
 @adapter("Co-Reward", "CoRewardManager (cross-referred majority vote)")
 def co_reward(inputs, compat="upstream"):
-    original, rephrased = fa.cross_vote_rewards(
+    original, rephrased = votes.cross_vote_rewards(
         inputs["answers_original_question"], inputs["answers_rephrased_question"]
     )
     return {"reward_original": original, "reward_rephrased": rephrased}
@@ -331,7 +337,7 @@ def co_reward(inputs, compat="upstream"):
 def sophia_trust(inputs, compat="upstream"):
     outcome = torch.tensor(inputs["answer_scores"], dtype=torch.float64)
     thinking = torch.tensor(inputs["thinking_reward_model_scores"], dtype=torch.float64)
-    trusted = fa.trust_weighted_rewards(
+    trusted = votes.trust_weighted_rewards(
         outcome, thinking, step=inputs["global_step"], total=inputs["T"], compat=compat
     )
     return {

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+
+from fastgrpo.rewards.geometry.matching import match, overlaps
+from fastgrpo.rewards.read import math_pool
+from fastgrpo.rewards.read.items import Detections
+from fastgrpo.rewards.systems import v_triune, v_triune_upstream
+from fastgrpo.rewards.systems.perception_r1 import visual_scores
+from fastgrpo.rewards.systems.rewardmap import difficulty_weight, planning_detail
+from fastgrpo.rewards.systems.three_d_r1 import corners, iou_3d
 from published import adapter, answered, one
 
 
@@ -26,8 +35,6 @@ def visual_rft(inputs, compat="upstream"):
 
 
 def _precheck(text: str, solution: str) -> bool:
-    from fastgrpo.rewards import math_pool
-
     return math_pool.equal(text, solution).equal
 
 
@@ -39,8 +46,6 @@ def visual_rft_lisa(inputs, compat="upstream"):
 
 @adapter("V-Triune", "DetectionVerifier.verify_accuracy (DET_IOU_THRESHOLD=dynamic)")
 def v_triune_detection(inputs, compat="upstream"):
-    from fastgrpo.rewards import v_triune
-
     text = f"<think>\nt\n</think>\n<answer>\n{json.dumps(inputs['pred'])}\n</answer>"
     solution = f"<answer>{json.dumps(inputs['gt'])}</answer>"
     ratio = inputs["det_reward_ratio"]
@@ -52,7 +57,9 @@ def v_triune_detection(inputs, compat="upstream"):
         return {"final_score": final, "format": form} | dict.fromkeys(_V_TRIUNE_PARTS, 0.0)
     epsilon = v_triune.dynamic_threshold(inputs["step"], inputs["total_steps"])
     weights = [v_triune.weights_of(ratio)]
-    parts = v_triune.detection_parts([said], [truth], weights, (epsilon,), compat)
+    parts = v_triune.detection_parts(
+        [said], [truth], weights, (epsilon,), v_triune_upstream.iou_first_bug
+    )
     parts = {key: float(values[0]) for key, values in parts.items()}
     penalty = parts["size_penalty"]
     scores = {f"pure_{theirs}": parts[ours] for ours, theirs in _V_TRIUNE_SCORES.items()}
@@ -73,35 +80,30 @@ _V_TRIUNE_PARTS = [
 ]
 
 
-def _v_triune_matches(inputs, matches):
-    import numpy as np
-
-    from fastgrpo.rewards.detection import Detections, overlaps
-    from fastgrpo.rewards.v_triune import row_matrices
-
-    sides = [
-        Detections(
-            np.array([i["bbox_2d"] for i in side], dtype=np.float64).reshape(-1, 4),
-            [i["label"].lower() for i in side],
-        )
-        for side in (inputs["pred"], inputs["gt"])
+def _v_triune_sides(inputs) -> list[list[Detections]]:
+    boxes = [[i["bbox_2d"] for i in inputs[side]] for side in ("pred", "gt")]
+    labels = [[i["label"].lower() for i in inputs[side]] for side in ("pred", "gt")]
+    return [
+        [Detections(np.array(b, dtype=np.float64).reshape(-1, 4), names)]
+        for b, names in zip(boxes, labels, strict=True)
     ]
-    recorded = matches(*row_matrices(overlaps(sides[:1], sides[1:]), 0), inputs["iou_threshold"])
-    return [{"pred_idx": p, "gt_idx": g, "iou": iou} for p, g, iou in recorded]
 
 
 @adapter("V-Triune", "greedy_match_by_iou_max_iou_first")
 def v_triune_iou_first(inputs):
-    from fastgrpo.rewards.v_triune import last_pair_matches
-
-    return _v_triune_matches(inputs, last_pair_matches)
+    pairs = overlaps(*_v_triune_sides(inputs))
+    matrices = v_triune_upstream.row_matrices(pairs, 0)
+    recorded = v_triune_upstream.last_pair_matches(*matrices, inputs["iou_threshold"])
+    return [{"pred_idx": p, "gt_idx": g, "iou": iou} for p, g, iou in recorded]
 
 
 @adapter("V-Triune", "greedy_match_by_iou_max_label_first")
 def v_triune_label_first(inputs):
-    from fastgrpo.rewards.v_triune import label_first_matches
-
-    return _v_triune_matches(inputs, label_first_matches)
+    preds, gts = _v_triune_sides(inputs)
+    threshold = inputs["iou_threshold"]
+    found = match(overlaps(gts, preds), method="greedy_rows", threshold=threshold, same_label=True)
+    recorded = zip(found.gt.tolist(), found.pred.tolist(), found.iou.tolist(), strict=True)
+    return [{"pred_idx": p, "gt_idx": g, "iou": iou} for p, g, iou in recorded]
 
 
 @adapter("V-Triune", "MathVerifyVerifier.verify_format / verify_accuracy")
@@ -142,8 +144,6 @@ def pr1_format(inputs, compat="upstream"):
 
 @adapter("Perception-R1 (Xiao)", "extract_visual_scores -> visual reward")
 def xiao_visual(inputs, compat="upstream"):
-    from fastgrpo.rewards.perception_r1 import visual_scores
-
     judgement = inputs["judge_output"]
     return {
         "scores": visual_scores(judgement),
@@ -233,8 +233,6 @@ def vicrit(inputs, compat="upstream"):
 
 @adapter("RewardMap", "get_difficulty_weight")
 def rewardmap_weight(inputs):
-    from fastgrpo.rewards.rewardmap import difficulty_weight
-
     return difficulty_weight(
         inputs["type"], inputs["question_transfer_count"], inputs["difficulty_city"]
     )
@@ -242,11 +240,10 @@ def rewardmap_weight(inputs):
 
 @adapter("RewardMap", "get_detailed_reward_planning / reason_map_compute_score")
 def rewardmap_planning(inputs, compat="upstream"):
-    from fastgrpo.rewards.rewardmap import planning_detail
-
     ends = inputs["metro"], inputs["station1"], inputs["station2"]
+    allowed = inputs["transfers"] + (compat == "fixed")
     return {
-        "detail": planning_detail(inputs["answer"], *ends, inputs["transfers"], compat),
+        "detail": planning_detail(inputs["answer"], *ends, inputs["transfers"], allowed),
         "score": one(
             "rewardmap/total",
             inputs["answer"],
@@ -297,8 +294,6 @@ def three_d_format(inputs, compat="upstream"):
 
 @adapter("3D-R1", "RewardFunctions.compute_3d_iou")
 def three_d_iou(inputs):
-    from fastgrpo.rewards.three_d_r1 import corners, iou_3d
-
     return iou_3d(corners(inputs["box1"]), corners(inputs["box2"]))
 
 

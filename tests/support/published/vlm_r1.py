@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 from fastgrpo.ops.box_iou import box_iou
-from fastgrpo.rewards import text as text_module
-from fastgrpo.rewards.boxes import iou_vlm_r1
-from fastgrpo.rewards.vlm_r1_detection import detection_score, upstream_map
+from fastgrpo.rewards.read import tags
+from fastgrpo.rewards.read.mathematics import numbers_equal
+from fastgrpo.rewards.read.words import clean_text
+from fastgrpo.rewards.systems.vlm_r1_answers_upstream import extract_choice
+from fastgrpo.rewards.systems.vlm_r1_detection_upstream import detection_score, upstream_map
+from fastgrpo.rewards.systems.vlm_r1_upstream import pixel_iou, rescale
 from published import adapter, answered, fenced, one
 
 _FAMILIES = {"Qwen2VLModule": "qwen", "InvernVLModule": "internvl", "GLMVModule": "glm"}
@@ -44,7 +47,7 @@ def vlm_r1_format(inputs, compat="upstream"):
 @adapter("VLM-R1", "grpo_jsonl.iou")
 def vlm_r1_iou(inputs, compat="upstream"):
     if compat == "upstream":
-        return iou_vlm_r1(inputs["box1"], inputs["box2"])
+        return pixel_iou(inputs["box1"], inputs["box2"])
     return box_iou([inputs["box1"]], [inputs["box2"]]).item()
 
 
@@ -91,20 +94,17 @@ def vlm_r1_cosine(inputs, compat="upstream"):
 
 @adapter("VLM-R1", "grpo_jsonl.extract_choice")
 def vlm_r1_extract_choice(inputs):
-    return text_module.extract_choice(inputs["text"])
+    return extract_choice(inputs["text"])
 
 
 @adapter("VLM-R1", "grpo_jsonl.clean_text")
 def vlm_r1_clean_text(inputs):
-    return text_module.clean_text(inputs["text"])
+    return clean_text(inputs["text"])
 
 
 @adapter("VLM-R1", "grpo_jsonl.numeric_reward")
 def vlm_r1_numeric(inputs):
-    from fastgrpo.rewards.math_answers import numbers_equal
-
-    clean = text_module.clean_text
-    equal = numbers_equal(clean(inputs["content"]), clean(inputs["sol"]))
+    equal = numbers_equal(clean_text(inputs["content"]), clean_text(inputs["sol"]))
     return None if equal is None else float(equal)
 
 
@@ -132,8 +132,8 @@ def vlm_r1_default(inputs, compat="upstream"):
 
 # Evaluation scripts
 
-_INT = rf"({text_module.DIGIT}+)"
-_BLANK = f"{text_module.SPACE}*"
+_INT = rf"({tags.DIGIT}+)"
+_BLANK = f"{tags.SPACE}*"
 _INTS = rf"\[{_INT},{_BLANK}{_INT},{_BLANK}{_INT},{_BLANK}{_INT}\]"
 _EVAL_BOXES = {"test_rec_r1": rf"\{{.*{_INTS}{_BLANK}.*\}}", "test_rec_r1_internvl": _INTS}
 
@@ -141,8 +141,8 @@ _EVAL_BOXES = {"test_rec_r1": rf"\{{.*{_INTS}{_BLANK}.*\}}", "test_rec_r1_intern
 def _eval_script(script: str, shape: str) -> None:
     @adapter("VLM-R1", f"eval.{script}.extract_bbox_answer")
     def extract_bbox_answer(inputs):
-        content = text_module.answer(inputs["content"])
-        found = content and text_module.pattern(shape).search(content)
+        content = tags.answer(inputs["content"])
+        found = content and tags.pattern(shape).search(content)
         return [int(number) for number in found.groups()] if found else [0, 0, 0, 0]
 
 
@@ -152,18 +152,18 @@ for _script, _shape in _EVAL_BOXES.items():
 
 @adapter("VLM-R1", "eval.test_rec_baseline.extract_bbox_answer")
 def eval_baseline_box(inputs):
-    digit = text_module.DIGIT
+    digit = tags.DIGIT
     number = rf"({_BLANK}-?{digit}*\.?{digit}+{_BLANK})"
     gap = f",{_BLANK}"
     shape = rf"\[{number}{gap}{number}{gap}{number}{gap}{number}\]"
-    found = text_module.pattern(shape).search(inputs["content"])
+    found = tags.pattern(shape).search(inputs["content"])
     return [float(number) for number in found.groups()] if found else [0, 0, 0, 0]
 
 
 @adapter("VLM-R1", "eval.test_od_r1.extract_bbox_answer")
 def eval_first_box(inputs):
     try:
-        block = text_module.fenced_json(inputs["content"])
+        block = tags.fenced_json(inputs["content"])
         return [json.loads(block.strip())[0]["bbox_2d"], False]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         return [[0, 0, 0, 0], False]
@@ -171,7 +171,5 @@ def eval_first_box(inputs):
 
 @adapter("VLM-R1", "eval.test_rec_r1.resize_bbox")
 def eval_resize(inputs):
-    from fastgrpo.rewards.vlm_r1 import rescale
-
     grid, size = (1, inputs["input_height"], inputs["input_width"]), ("image_width", "image_height")
     return rescale(inputs["bbox"], grid, [inputs[key] for key in size], 1)

@@ -1,0 +1,1 @@
+"""Overlap and matching of boxes, and the frames their coordinates are given in."""

@@ -1,0 +1,1 @@
+"""Reading model text in linear time: tags, chats, words, numbers, boxes, choices, mathematics."""

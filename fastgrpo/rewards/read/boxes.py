@@ -1,0 +1,105 @@
+"""Boxes in model text, one reader per written form, in time linear in the text.
+
+    brackets   [x1, y1, x2, y2]                         Qwen, InternVL, GLM, Gemma; JSON lists too
+    corners    (x1, y1), (x2, y2)                       Qwen2-VL between its box tokens
+    parens     (x1, y1, x2, y2)
+    locations  <loc0102><loc0204><loc0306><loc0408>     PaliGemma, in the order it writes them
+
+Numbers are decimals, in scientific notation too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastgrpo.rewards.read.tags import pattern
+
+# Brackets looked at before a text counts as one without a box, and characters between them.
+MAX_BRACKETS, MAX_BOX_CHARS = 4096, 128
+# The longest text searched for the other forms.
+MAX_SEARCHED = 1 << 16
+
+NUMBER = r"([-+]?(?:[0-9]{1,20}\.?[0-9]{0,20}|\.[0-9]{1,20})(?:[eE][-+]?[0-9]{1,3})?)"
+_GAP = r"\s*,\s*"
+_CORNERS = rf"\(\s*{NUMBER}{_GAP}{NUMBER}\s*\){_GAP}\(\s*{NUMBER}{_GAP}{NUMBER}\s*\)"
+_PARENS = rf"\(\s*{_GAP.join([NUMBER] * 4)}\s*\)"
+_LOCATIONS = r"<loc([0-9]{4})>" * 4
+
+
+def finite_box(box: Any) -> bool:
+    """Four finite real numbers."""
+    return (
+        isinstance(box, list | tuple)
+        and len(box) == 4
+        and all(type(v) in (int, float) and abs(v) < 1e9 and math.isfinite(v) for v in box)
+    )
+
+
+def ordered_box(box: Any) -> bool:
+    """Four finite numbers with x1 <= x2 and y1 <= y2."""
+    return finite_box(box) and box[0] <= box[2] and box[1] <= box[3]
+
+
+def finite_point(point: Any) -> bool:
+    """Two finite real numbers."""
+    return isinstance(point, list | tuple) and len(point) == 2 and finite_box([*point, 0, 0])
+
+
+def first_box(text: str) -> list[float] | None:
+    """The first box in brackets, else the first of another form."""
+    box = bracket_box(text)
+    if box is not None:
+        return box
+    if "(" in text:
+        return corner_box(text) or _searched(_PARENS, text)
+    return _searched(_LOCATIONS, text) if "<loc" in text else None
+
+
+def bracket_box(text: str) -> list[float] | None:
+    """The first `[a, b, c, d]` of finite decimal numbers."""
+    position = 0
+    for _ in range(MAX_BRACKETS):
+        closed = text.find("]", position)
+        if closed < 0:
+            return None
+        opened = text.rfind("[", max(position, closed - MAX_BOX_CHARS), closed)
+        if opened >= 0:
+            box = _decimals(text[opened + 1 : closed])
+            if box is not None:
+                return box
+        position = closed + 1
+    return None
+
+
+def bracket_boxes(text: str, limit: int) -> list[list[float]]:
+    """Every `[a, b, c, d]` of the text, at most `limit`."""
+    boxes: list[list[float]] = []
+    for part in text.split("]", MAX_BRACKETS)[:-1]:
+        box = _decimals(part[part.rfind("[", max(0, len(part) - MAX_BOX_CHARS)) + 1 :])
+        if box is not None and "[" in part[-MAX_BOX_CHARS:]:
+            boxes.append(box)
+        if len(boxes) == limit:
+            break
+    return boxes
+
+
+def corner_box(text: str) -> list[float] | None:
+    """The first `(x1, y1), (x2, y2)`."""
+    return _searched(_CORNERS, text)
+
+
+def _searched(form: str, text: str) -> list[float] | None:
+    found = pattern(form).search(text[:MAX_SEARCHED])
+    return [float(number) for number in found.groups()] if found else None
+
+
+def _decimals(inner: str) -> list[float] | None:
+    parts = inner.split(",")
+    if len(parts) != 4 or inner.strip("0123456789.+-eE, \t\r\n"):
+        return None
+    try:
+        box = [float(part) for part in parts]
+    except ValueError:
+        return None
+    return box if all(map(math.isfinite, box)) else None

@@ -1,0 +1,43 @@
+"""The text of prompts and completions, whatever form a trainer gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Message = dict[str, Any]
+
+
+def content_text(content: str | Sequence[Message] | None) -> str:
+    """The text of one turn's content: a string, or its text parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content or () if part.get("type") == "text")
+
+
+def completion_text(completion: str | Message | Sequence[Message]) -> str:
+    """The text of a plain or conversational completion (its last assistant message)."""
+    if isinstance(completion, str):
+        text = completion
+    elif isinstance(completion, dict):
+        text = content_text(completion["content"])
+    else:
+        said = [m for m in completion if m.get("role") == "assistant"] or [completion[-1]]
+        text = content_text(said[-1]["content"])
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # lone surrogates; every parser works on UTF-8
+        text = text.encode("utf-8", "replace").decode()
+    return text
+
+
+def chat_text(chat: str | Sequence[Message]) -> str:
+    """The text of a plain string or of a whole chat, one line break between turns."""
+    if isinstance(chat, str):
+        return chat
+    return "\n".join(content_text(turn["content"]) for turn in chat)
+
+
+def text_only(chat: Sequence[Message]) -> list[Message]:
+    """The chat with each turn's content as text, image parts left out."""
+    return [{"role": turn["role"], "content": content_text(turn["content"])} for turn in chat]

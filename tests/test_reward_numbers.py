@@ -6,7 +6,7 @@ import pytest
 
 import fastgrpo as fg
 from fastgrpo.report.pictures import boxes_of
-from fastgrpo.rewards.boxes import first_box
+from fastgrpo.rewards.read.boxes import first_box
 
 
 @pytest.mark.parametrize(

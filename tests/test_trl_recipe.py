@@ -18,7 +18,7 @@ from fastgrpo.integrations.trl.perception import PERTURBED
 from fastgrpo.judges import CoTrainedReward
 from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops.grpo_loss import grpo_loss
-from fastgrpo.rewards.compose import Running
+from fastgrpo.rewards.core.compose import Running
 from fastgrpo.testing import models, processors
 
 

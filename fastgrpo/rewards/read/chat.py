@@ -35,7 +35,8 @@ def chat_text(chat: str | Sequence[Message]) -> str:
     """The text of a plain string or of a whole chat, one line break between turns."""
     if isinstance(chat, str):
         return chat
-    return "\n".join(content_text(turn["content"]) for turn in chat)
+    said = (turn["content"] for turn in chat)
+    return "\n".join(content_text(content) for content in said if content is not None)
 
 
 def text_only(chat: Sequence[Message]) -> list[Message]:

@@ -13,8 +13,8 @@ pytest.importorskip("trl")
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
 
 from fastgrpo import InputError  # noqa: E402
+from fastgrpo.checkpoints import fault_of, newest_complete  # noqa: E402
 from fastgrpo.cli import main  # noqa: E402
-from fastgrpo.cli.checkpoints import fault_of, newest_complete  # noqa: E402
 from fastgrpo.cli.train import build_trainer, find_reward, load_processor, parse  # noqa: E402
 from fastgrpo.testing.trl import save_checkpoint  # noqa: E402
 

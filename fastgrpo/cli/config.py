@@ -59,3 +59,6 @@ class FastGRPOConfig(GRPOConfig):
         None, "Sample in packed rows; default: wherever they obey every generation setting."
     )
     liger_kernels: bool = _option(False, "liger-kernel's layers (not its loss), CUDA only.")
+    max_skipped_steps: int = _option(
+        10, "Steps in a row whose gradient is not finite before the run ends."
+    )

@@ -16,7 +16,7 @@ import yaml
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from fastgrpo import recipes, rewards
-from fastgrpo.cli.checkpoints import fault_of, newest_complete
+from fastgrpo.checkpoints import fault_of, newest_complete
 from fastgrpo.cli.config import FastGRPOConfig
 from fastgrpo.cli.processor import image_tokens, load_processor
 from fastgrpo.data import load_vlm_r1, split_validation

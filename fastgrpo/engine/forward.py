@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastgrpo.engine.parallel import busiest, distributed
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.head import effective_head, replaced_head, under_autocast
@@ -47,21 +48,13 @@ def feature_store(rows: Sequence[PackedRow], *, detach: bool, every: bool = Fals
     return FeatureStore({i for i, n in uses.items() if every or n > 1}, detach=detach)
 
 
-def distributed() -> bool:
-    dist = torch.distributed
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def extra_forwards(adapter: Adapter, rows: Sequence[PackedRow]) -> int:
     """How many more rows the busiest rank has: a sharded model's forwards are collective, so this
     rank repeats its last row as often, to no effect."""
-    if not distributed():
-        return 0
-    most = torch.tensor(len(rows), device=adapter.device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    if not rows and int(most):
+    most = busiest(len(rows), adapter.device)
+    if not rows and most:
         raise InputError("this rank has no completion with a token, while other ranks have some")
-    return int(most) - len(rows)
+    return most - len(rows)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastgrpo.engine.forward import distributed, feature_store
+from fastgrpo.engine.forward import feature_store
+from fastgrpo.engine.parallel import distributed
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing.group import Group
 from fastgrpo.packing.planner import Part

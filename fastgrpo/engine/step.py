@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastgrpo.engine.forward import distributed, extra_forwards, feature_store, forward_row
+from fastgrpo.engine.forward import extra_forwards, feature_store, forward_row
+from fastgrpo.engine.parallel import distributed
 from fastgrpo.engine.score import neutral_id, pack, score_row
 from fastgrpo.engine.self_check import self_check as run_self_check
 from fastgrpo.errors import InputError

@@ -13,6 +13,8 @@ from fastgrpo.advantages.rule import AdvantageRule
 from fastgrpo.engine import score
 from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl.batches import BatchMixin
+from fastgrpo.integrations.trl.checkpoints import CheckpointMixin
+from fastgrpo.integrations.trl.interruptions import FiniteStepsMixin, OneWriter, SaveOnTerm
 from fastgrpo.integrations.trl.perception import PERTURBED, PerceptionMixin
 from fastgrpo.integrations.trl.rewarding import RewardMixin
 from fastgrpo.integrations.trl.rollout import RolloutMixin
@@ -51,6 +53,7 @@ class FastOptions:
     batch is whole groups in order. None: wherever it obeys every generation setting, elsewhere
     TRL's own generation and one line with the reason; True raises there, False never uses it.
     `liger_kernels`: liger-kernel's RMSNorm, rotary and SwiGLU layers (never its loss), CUDA only.
+    `max_skipped_steps`: steps in a row whose gradient is not finite before the run ends.
     """
 
     max_tokens: int | None = None
@@ -63,9 +66,12 @@ class FastOptions:
     skip_zero_gradient: bool = True
     packed_rollout: bool | None = None
     liger_kernels: bool = False
+    max_skipped_steps: int = 10
 
 
-class _FastMixin(PerceptionMixin, RewardMixin, RolloutMixin, BatchMixin):
+class _FastMixin(
+    CheckpointMixin, PerceptionMixin, RewardMixin, RolloutMixin, BatchMixin, FiniteStepsMixin
+):
     """The methods that replace TRL's; see `accelerate`."""
 
     def _install(
@@ -89,6 +95,8 @@ class _FastMixin(PerceptionMixin, RewardMixin, RolloutMixin, BatchMixin):
         self._placeholder_ids = tuple(i for i in ids if i is not None)
         if options.liger_kernels:
             apply_liger_layers(self)
+        self.add_callback(OneWriter())
+        self.add_callback(SaveOnTerm(self.accelerator))
         if self.args.ddp_broadcast_buffers is None:
             # Passes without gradient may differ between processes; DDP would wait in each.
             self.args.ddp_broadcast_buffers = False

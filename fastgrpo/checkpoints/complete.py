@@ -1,4 +1,4 @@
-"""Which checkpoint of a run can be resumed: the newest one that was written to its end."""
+"""Which checkpoint of a run can be resumed: the newest one that is whole."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import struct
 import zipfile
 from pathlib import Path
+
+from fastgrpo.checkpoints.manifest import MANIFEST, differs_from_manifest
 
 
 def newest_complete(output_dir: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -28,9 +30,14 @@ def newest_complete(output_dir: Path) -> tuple[Path | None, list[tuple[Path, str
 def fault_of(checkpoint: Path, step: int | None = None) -> str | None:
     """What is missing from a checkpoint folder, or None if all of it can be loaded.
 
-    The trainer writes trainer_state.json last; weights and optimizer states are checked for
-    truncation, their values are not read.
+    A folder with a manifest is compared with it, file by file. In another, written by
+    transformers alone, trainer_state.json comes last; weights and optimizer states are checked
+    for truncation, their values are not read.
     """
+    if (checkpoint / MANIFEST).is_file():
+        fault = differs_from_manifest(checkpoint)
+        if fault is not None:
+            return fault
     state = checkpoint / "trainer_state.json"
     try:
         written = json.loads(state.read_text())

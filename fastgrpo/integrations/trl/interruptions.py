@@ -1,0 +1,120 @@
+"""Runs that end well: SIGTERM saves first, one writer a folder, no step without a number."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import signal
+import threading
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from fastgrpo.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+
+class SaveOnTerm(TrainerCallback):
+    """On SIGTERM the step in progress is finished, a checkpoint saved and training ended.
+
+    Any process may get the signal; all of them look at the same step and stop together.
+    """
+
+    def __init__(self, accelerator):
+        self.accelerator = accelerator
+        self.asked = False
+        self._previous = None
+
+    def on_train_begin(self, args, state, control, **_):
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._ask)
+
+    def on_step_end(self, args, state, control, **_):
+        asked = torch.tensor([self.asked], device=self.accelerator.device)
+        if not bool(self.accelerator.gather(asked).any()):
+            return
+        logger.warning("SIGTERM: training ends at step %d", state.global_step)
+        control.should_save = str(args.save_strategy) != "no" or control.should_save
+        control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **_):
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None
+
+    def _ask(self, *_):
+        self.asked = True
+
+
+class OneWriter(TrainerCallback):
+    """Refuses an output folder that another running process writes to.
+
+    The lock is the kernel's (flock): it goes with the process, however that ends.
+    """
+
+    def __init__(self):
+        self._file = None
+
+    def on_train_begin(self, args, state, control, **_):
+        if not args.should_save:
+            return
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / LOCK).open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise InputError(
+                f"output_dir: {folder} is being written by {owner}; give each run its own"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()}")
+        self._file.flush()
+
+    def on_train_end(self, args, state, control, **_):
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class FiniteStepsMixin:
+    """An optimizer step whose gradient is not finite changes nothing.
+
+    It is counted in `fastgrpo/skipped_steps`, and the run ends after `fast.max_skipped_steps` of
+    them in a row. DeepSpeed steps inside its backward, so there the run ends at the first.
+    """
+
+    _skipped = 0  # in a row
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is None or math.isfinite(float(norm)):
+            self._skipped = 0
+            return norm
+        self._skipped += 1
+        self._metrics["train"]["fastgrpo/skipped_steps"].append(1.0)
+        limit = self.fast.max_skipped_steps
+        if self.is_deepspeed_enabled or self._skipped > limit:
+            raise FloatingPointError(
+                f"step {self.state.global_step}: the gradient norm is {float(norm)}, for the "
+                f"{self._skipped}. step in a row; the last checkpoint is from before it"
+            )
+        logger.warning(
+            "step %d: the gradient norm is %s; this step changes no parameter (%d of at most %d in "
+            "a row)",
+            self.state.global_step,
+            float(norm),
+            self._skipped,
+            limit,
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm

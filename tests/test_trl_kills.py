@@ -1,0 +1,121 @@
+"""kill -9 at random moments: every run resumes, and goes on as if it had not been cut.
+
+`make test-faults` runs it. Trials are forked from one process that has everything imported; the
+number of them is FASTGRPO_KILLS (100 in all).
+"""
+
+import json
+import os
+import random
+import signal
+import time
+import traceback
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from transformers import TrainerCallback  # noqa: E402
+
+from fastgrpo.checkpoints import newest_complete  # noqa: E402
+from fastgrpo.integrations.trl import FastGRPOTrainer  # noqa: E402
+from fastgrpo.testing.trl import build_trainer, save_checkpoint, steps_of  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+KILLS = int(os.environ.get("FASTGRPO_KILLS", "100"))
+STEPS, EVERY = 10, 2  # 4 steps are an epoch
+RUNS = {
+    "moving_reference": dict(
+        sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.6, beta=0.1
+    ),
+    "lora": dict(lora=True),
+    "several_steps_a_generation": dict(steps_per_generation=2, num_iterations=2),
+    "every_step_saved": dict(save_steps=1, save_total_limit=2),
+}
+
+
+class Progress(TrainerCallback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_step_end(self, args, state, control, **_):
+        self.path.write_text(str(state.global_step))
+
+
+def train(checkpoint, output, options, result=None):
+    """One run in `output`, resumed where it holds a whole checkpoint."""
+    from peft import LoraConfig
+
+    options = dict(options)
+    if options.pop("lora", False):
+        options["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "qkv"])
+    torch.manual_seed(0)
+    trainer = build_trainer(
+        FastGRPOTrainer,
+        checkpoint,
+        output,
+        **dict(
+            max_steps=STEPS,
+            save_strategy="steps",
+            save_steps=EVERY,
+            optim="adamw_torch",
+            callbacks=[Progress(output / "progress")],
+        )
+        | options,
+    )
+    start, _ = newest_complete(output)
+    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    if result is not None:
+        parameters = {n: p.detach() for n, p in trainer.model.named_parameters()}
+        torch.save(parameters, result.with_suffix(".pt"))
+        first = 0 if start is None else int(start.name.split("-")[1])
+        result.write_text(json.dumps({"resumed_from": first, "steps": steps_of(trainer)}))
+
+
+def forked(function, *arguments):
+    """The process id of a child that runs the function and exits with 0, or 1 if it raised."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        log = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(log, 1)
+        function(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_runs_repeat_the_uninterrupted_one(tmp_path, name):
+    options, draw = RUNS[name], random.Random(name)
+    checkpoint = save_checkpoint(tmp_path / "model")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    began = time.monotonic()
+    assert os.waitpid(forked(train, checkpoint, whole, options, whole / "result.json"), 0)[1] == 0
+    duration = time.monotonic() - began
+    expected = {s["step"]: s for s in json.loads((whole / "result.json").read_text())["steps"]}
+    parameters = torch.load(whole / "result.pt", weights_only=True)
+    for trial in range(KILLS // len(RUNS)):
+        output = tmp_path / f"trial-{trial}"
+        output.mkdir()
+        pid = forked(train, checkpoint, output, options)
+        time.sleep(draw.uniform(0.1, 1.0) * duration)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        progress = output / "progress"
+        done = int(progress.read_text() or 0) if progress.exists() else 0
+        result = output / "result.json"
+        assert os.waitpid(forked(train, checkpoint, output, options, result), 0)[1] == 0, trial
+        got = json.loads(result.read_text())
+        assert got["resumed_from"] >= done - options.get("save_steps", EVERY), (trial, done)
+        for step in got["steps"]:
+            for metric in ("loss", "grad_norm", "reward", "kl"):
+                # Rewards are logged by the step that samples them.
+                assert step.get(metric) == expected[step["step"]].get(metric), (trial, metric)
+        for key, value in torch.load(result.with_suffix(".pt"), weights_only=True).items():
+            assert torch.equal(value, parameters[key]), (trial, key)

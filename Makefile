@@ -27,9 +27,12 @@ test: env lint
 	$(BIN)/python -m pytest -n 2 -q
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q -m interpreter
 
-# The engine's tests on the oldest supported transformers, in an environment of its own.
-test-matrix: .venv-$(OLDEST)/.ready
-	.venv-$(OLDEST)/bin/python -m pytest -n 2 -q -m "engine and not slow and not gpu"
+# Engine and trainer tests in two environments: the oldest transformers, and what a user's own
+# `pip install` resolves today, without a constraints file.
+MATRIX_TESTS := $(shell grep -lE "mark\.engine" tests/test_*.py) $(wildcard tests/test_trl_*.py)
+test-matrix: .venv-$(OLDEST)/.ready .venv-user/.ready
+	.venv-$(OLDEST)/bin/python -m pytest -n 2 -q $(MATRIX_TESTS)
+	.venv-user/bin/python -m pytest -n 2 -q $(MATRIX_TESTS)
 
 OLD_PIP := .venv-$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check
 .venv-$(OLDEST)/.ready: pyproject.toml setup.py $(CONSTRAINTS) $(SOURCES)
@@ -39,6 +42,15 @@ OLD_PIP := .venv-$(OLDEST)/bin/python -m pip install --quiet --disable-pip-versi
 	$(OLD_PIP) -c $(CONSTRAINTS) torch
 	$(OLD_PIP) -c $(CONSTRAINTS) pybind11 ninja
 	$(OLD_PIP) -c .venv-$(OLDEST)/constraints.txt --no-build-isolation -e ".[test]"
+	touch $@
+
+# README's two lines, then what runs the tests.
+USER_PIP := .venv-user/bin/python -m pip install --quiet --disable-pip-version-check
+.venv-user/.ready: pyproject.toml setup.py $(CONSTRAINTS) $(SOURCES)
+	$(PYTHON) -m venv --clear .venv-user
+	$(USER_PIP) $$(grep "^torch==" $(CONSTRAINTS))
+	$(USER_PIP) ".[trl]"
+	$(USER_PIP) pytest pytest-timeout pytest-xdist
 	touch $@
 
 test-slow: env

@@ -10,6 +10,16 @@ from fastgrpo.testing import models as tm
 
 pytestmark = pytest.mark.engine
 
+# 0, 1 and 3 images; ragged and one-token completions; prompts of 1 and 2 tokens; G = 1 to 5
+SPECS = (
+    ([(4, 6)], 5, [7, 3, 9, 1, 2]),
+    ([(4, 4), (6, 8), (4, 4)], 4, [6]),
+    ([], 2, [4, 8, 1]),
+    ([], 1, [3, 2]),
+    ([(8, 8)], 3, [5, 70]),
+)
+SPLIT = 45  # tokens: several rows, a prompt in two of them
+
 MISTRAL = """
 from fastgrpo.models.family import Family
 
@@ -48,3 +58,61 @@ def test_without_its_file_the_family_is_refused():
 
     with pytest.raises(fg.InputError, match="'mistral' is not served"):
         registry.family_of(MistralConfig())
+
+
+def naive(model, groups):
+    logp = tm.naive_logp(model, groups)
+    tm.weighted_sum(logp, tm.random_weights(groups)).backward()
+    return logp, tm.take_grads(model)
+
+
+def errors(model, groups, want, max_tokens=None):
+    """The largest error of a log-prob, and of a gradient relative to its parameter's largest."""
+    logp = [s.logp for s in fg.score(model, groups, self_check=False, max_tokens=max_tokens)]
+    tm.weighted_sum(logp, tm.random_weights(groups)).backward()
+    worst = max(
+        float((ours - theirs).detach().abs().max())
+        for row, plain in zip(logp, want[0], strict=True)
+        for ours, theirs in zip(row, plain, strict=True)
+    )
+    return worst, tm.grad_error(tm.take_grads(model), want[1])[0]
+
+
+@pytest.mark.parametrize("family", tm.FAMILIES)
+def test_packed_equals_one_by_one(family):
+    with tm.float64_norms():
+        model = tm.tiny_model(family, torch.float64)
+        groups = tm.synthetic_groups(model, SPECS)
+        assert max(errors(model, groups, naive(model, groups))) <= 1e-12
+    model = tm.tiny_model(family)
+    groups = tm.synthetic_groups(model, SPECS[:-1])
+    assert max(errors(model, groups, naive(model, groups), SPLIT)) <= 2e-5
+
+
+@pytest.mark.parametrize("family", tm.VLM_FAMILIES)
+def test_distinct_images_are_encoded_once(family, monkeypatch):
+    model = tm.tiny_model(family)
+    specs = [([(4, 6)], 5, [3, 2]), ([(4, 6)], 3, [4]), ([(8, 8)], 3, [2])]
+    groups = tm.synthetic_groups(model, specs)
+    shared = groups[0].vision
+    groups[1] = fg.Group(groups[1].prompt_ids, groups[1].completions, shared)
+    seen = []
+    tower = models.families()[family].tower(model)
+    tower.register_forward_pre_hook(lambda module, args, kwargs: seen.append(1), with_kwargs=True)
+    fg.score(model, groups, self_check=False)
+    assert len(seen) == 1
+    fg.score(model, groups, self_check=False, max_tokens=groups[2].prompt_ids.numel() + 4)
+    assert len(seen) <= 1 + 2
+
+
+@pytest.mark.parametrize("family", tm.FAMILIES)
+def test_a_completion_changes_no_other(family):
+    model = tm.tiny_model(family)
+    groups = tm.synthetic_groups(model, SPECS[:3])
+    with torch.no_grad():
+        before = fg.score(model, groups, self_check=False)
+        groups[0].completions[1] = (groups[0].completions[1] + 1) % 90
+        after = fg.score(model, groups, self_check=False)
+    for g, (old, new) in enumerate(zip(before, after, strict=True)):
+        for c, (a, b) in enumerate(zip(old.logp, new.logp, strict=True)):
+            assert torch.equal(a, b) != ((g, c) == (0, 1))

@@ -22,6 +22,7 @@ import torch
 
 import fastgrpo
 from fastgrpo.errors import InputError
+from fastgrpo.recurrence import implementations
 
 # distribution name -> what it is used for
 PACKAGES = {
@@ -32,6 +33,8 @@ PACKAGES = {
     "accelerate": "the trainer integration",
     "peft": "LoRA",
     "flash-attn": "attention of completions and vision towers",
+    "flash-linear-attention": "recurrent layers (gated DeltaNet: Qwen3.5 and later)",
+    "causal-conv1d": "their convolution",
     "xformers": "attention with a merged prefix",
     "liger-kernel": "layer kernels (RMSNorm, M-RoPE, SwiGLU), on request",
     "verl": "reward adapters",
@@ -54,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         "compiled": compiled_parts(),
         "ops": ops(),
         "attention": attention(),
+        "recurrence": implementations(device()),
     }
     print(describe(findings))
     failed = False
@@ -170,7 +174,7 @@ def describe(findings: dict[str, Any]) -> str:
         "packages",
     ]
     for name, version in findings["packages"].items():
-        lines.append(f"  {name:<14}{version or 'not installed':<16}{PACKAGES[name]}")
+        lines.append(f"  {name:<24}{version or 'not installed':<16}{PACKAGES[name]}")
     lines += ["", "machine"]
     lines += [f"  GPU           {gpu}" for gpu in findings["gpus"] or ["none that torch can use"]]
     lines.append(f"  nvcc          {findings['nvcc'] or 'not found'}")
@@ -178,9 +182,9 @@ def describe(findings: dict[str, Any]) -> str:
         state = "built" if info["built"] else f"not built: {info['reason']}"
         lines.append(f"  {part + ' kernels':<14}{state}")
     lines += ["", f"ops on {device().type}: the implementation in use, and the others"]
-    table = findings["ops"] | {"packed attention": findings["attention"]}
+    table = findings["ops"] | {"packed attention": findings["attention"]} | findings["recurrence"]
     for op, entry in table.items():
-        lines.append(f"  {op:<24}{entry['uses']}")
+        lines.append(f"  {op:<30}{entry['uses']}")
         for name, reason in entry["others"].items():
-            lines.append(f"  {'':<24}  {name}: {reason or 'could serve, is not preferred here'}")
+            lines.append(f"  {'':<30}  {name}: {reason or 'could serve, is not preferred here'}")
     return "\n".join(lines)

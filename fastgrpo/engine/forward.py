@@ -34,7 +34,7 @@ def forward_row(
         return torch.stack([head(*under_autocast(hidden, *effective_head(adapter.head)))])
 
     with replaced_head(adapter.head, project), row_images(adapter, row, store) as images:
-        output = adapter.root(**row.inputs, **images)
+        output = adapter.forward(row.inputs | images)
     logits = output.logits if hasattr(output, "logits") else output[0]
     return logits[0]
 

@@ -80,4 +80,4 @@ def keep_logits(adapter: Adapter, inputs: dict, token_ids: Sequence[int] | None 
         return nn.functional.linear(x, weight, bias).float()
 
     with replaced_head(adapter.head, project):
-        return adapter.root(**inputs).logits[0]
+        return adapter.forward(inputs).logits[0]

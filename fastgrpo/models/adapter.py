@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastgrpo import attention
+from fastgrpo import attention, recurrence
 from fastgrpo.errors import InputError
 from fastgrpo.models.registry import family_of
 
@@ -26,6 +26,7 @@ class Adapter:
         self.head = self.core.get_output_embeddings()
         if self.head is None:
             raise InputError(f"{type(self.core).__name__} has no lm_head; load the model with one")
+        self.mixers = self.family.mixers(self.core)
         self.placeholders = self.family.placeholders(self.config)
 
     @property
@@ -37,11 +38,19 @@ class Adapter:
         self._check_dropout()
         if not attention.is_installed(self.core):
             attention.install(self.core)
+        recurrence.install(self.mixers)
         heads = self.text_config.num_attention_heads
         head_dim = (
             getattr(self.text_config, "head_dim", None) or self.text_config.hidden_size // heads
         )
         return attention.choose_backend(backend, self.device, self._compute_dtype(), head_dim)
+
+    def forward(self, inputs: dict):
+        """The root's output for a packed row; `RecurrenceError` when a layer ignored its layout."""
+        if not self.mixers:
+            return self.root(**inputs)
+        with recurrence.counted_calls(self.mixers):
+            return self.root(**inputs)
 
     def prompt_positions(self, prompt_ids: Tensor, vision: dict[str, Tensor]) -> Tensor:
         """(A, P) positions of one prompt, A = 3 for an M-RoPE family, else 1."""

@@ -142,6 +142,10 @@ class Family:
             pooler_output=tuple(feature for (feature,) in features)
         )
 
+    def mixers(self, core: nn.Module) -> list[nn.Module]:
+        """The recurrent layers, which follow a row's layout through `fastgrpo.recurrence`."""
+        return []
+
     # -- a model of this family small enough for tests
 
     def tiny_config(self, text: dict, vision: dict, ids: dict[str, int], **top):

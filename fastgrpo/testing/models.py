@@ -59,11 +59,15 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 1
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            if p.ndim > 1:
+            if name.endswith("A_log"):  # slow decay: a state remembers its whole prompt
+                p.copy_((0.02 + 0.3 * torch.rand(p.shape, generator=generator)).log())
+            elif p.ndim > 1:
                 p.copy_(noise * (1.2 / math.sqrt(p[0].numel())))
-            else:
-                p.copy_(0.1 * noise + (1.0 if "norm" in name and "weight" in name else 0.0))
+            else:  # about the class's own start: norms scale by 1 or by 1 + weight
+                p.add_(0.1 * noise)
     model.set_attn_implementation("sdpa")
+    if dtype == torch.float64 and hasattr(model.config.get_text_config(), "num_experts"):
+        model.set_experts_implementation("eager")  # torch._grouped_mm has no float64
     return model.to(dtype).eval()
 
 

@@ -1,0 +1,144 @@
+"""Recurrent layers over a packed row: what is exact, and that each way to leak is seen."""
+
+import pytest
+import torch
+
+import fastgrpo as fg
+from fastgrpo import models, recurrence
+from fastgrpo.recurrence import branches
+from fastgrpo.testing import models as tm
+
+pytestmark = pytest.mark.engine
+
+# Prompts longer and shorter than the convolution's memory of 3 tokens, and than a chunk of 64.
+SPECS = (([(4, 6)], 5, [7, 3, 1]), ([], 70, [5, 66]), ([], 2, [4, 1]), ([], 1, [3]))
+
+
+@pytest.fixture(scope="module")
+def case():
+    with tm.float64_norms():
+        model = tm.tiny_model("qwen3_5", torch.float64)
+        groups = tm.synthetic_groups(model, SPECS)
+        logp = tm.naive_logp(model, groups)
+        tm.weighted_sum(logp, tm.random_weights(groups)).backward()
+        return model, groups, logp, tm.take_grads(model)
+
+
+def errors(case, **options):
+    model, groups, want, want_grads = case
+    with tm.float64_norms():
+        scores = fg.score(model, groups, self_check=False, **options)
+        logp = [s.logp for s in scores]
+        tm.weighted_sum(logp, tm.random_weights(groups)).backward()
+    error = max(
+        float((ours - theirs).detach().abs().max())
+        for row, plain in zip(logp, want, strict=True)
+        for ours, theirs in zip(row, plain, strict=True)
+    )
+    return error, tm.grad_error(tm.take_grads(model), want_grads)[0]
+
+
+@pytest.mark.parametrize("route", ("fork", "rescan"))
+def test_both_routes_are_exact(case, route, monkeypatch):
+    monkeypatch.setattr(branches.Branches, "route", lambda self, rule, on: route)
+    assert max(errors(case)) <= 1e-12
+    assert max(errors(case, max_tokens=150)) <= 1e-12
+
+
+def test_rescan_only_where_a_kernel_serves_and_little_is_repeated():
+    def seam(is_new_implementation):
+        def function():
+            return is_new_implementation
+
+        return function
+
+    layout = fg.packing.GroupLayout([(10, [3, 4]), (5, [2])])
+    table = branches.Branches(layout, torch.device("cpu"))
+    assert table.repeated == 25
+    assert branches.has_kernel(seam(True)) and not branches.has_kernel(seam(False))
+    assert not branches.has_kernel(lambda: None)
+    gpu = type("OnGpu", (), {"is_cuda": True})()
+    assert table.route(seam(True), gpu) == "rescan"
+    assert table.route(seam(False), gpu) == "fork"
+    table.repeated = branches.RESCAN_TOKENS
+    assert table.route(seam(True), gpu) == "fork"
+
+
+def zero_state(patch):
+    run = branches.Sequences.run
+
+    def zero(self, rule, inputs, state, *args, **kwargs):
+        return run(self, rule, inputs, None, *args, **kwargs)
+
+    patch.setattr(branches.Sequences, "run", zero)
+
+
+def cut_gradient(patch):
+    run = branches.Sequences.run
+
+    def cut(self, rule, inputs, state, *args, **kwargs):
+        return run(self, rule, inputs, None if state is None else state.detach(), *args, **kwargs)
+
+    patch.setattr(branches.Sequences, "run", cut)
+
+
+def leaking_convolution(patch):
+    def leak(original, mixed, weight, bias, activation, layout):
+        return original(mixed, weight, bias, activation=activation)
+
+    patch.setattr("fastgrpo.recurrence.seams.convolve", leak)
+
+
+def leaking_rule(patch):
+    def leak(rule, inputs, layout, **options):
+        q, k, v, g, beta = inputs
+        return rule(q, k, v, g=g, beta=beta, **options)[0]
+
+    patch.setattr("fastgrpo.recurrence.seams.delta_rule", leak)
+
+
+@pytest.mark.parametrize("fault", (zero_state, leaking_convolution, leaking_rule))
+def test_a_leak_shows_in_the_log_probs(case, fault, monkeypatch):
+    fault(monkeypatch)
+    error, grad_error = errors(case)
+    assert error > 1e-3 and grad_error > 1e-2
+
+
+def test_a_cut_gradient_shows_in_the_gradients_alone(case, monkeypatch):
+    cut_gradient(monkeypatch)
+    error, grad_error = errors(case)
+    assert error <= 1e-12 and grad_error > 1e-2
+
+
+def test_a_mixer_that_never_reaches_the_seams_raises(case, monkeypatch):
+    model, groups, _, _ = case
+    mixer = models.Adapter(model).mixers[0]
+    monkeypatch.setattr(mixer, "forward", lambda hidden_states, **kwargs: hidden_states)
+    with pytest.raises(recurrence.RecurrenceError, match="1 of 2 .* replaced their forward"):
+        fg.score(model, groups, self_check=False)
+
+
+def test_uninstalled_mixers_call_their_own_functions(case):
+    mixers = models.Adapter(case[0]).mixers
+    module = __import__("sys").modules[type(mixers[0]).__module__]
+    recurrence.install(mixers)
+    recurrence.install(mixers)
+    original = module.causal_conv1d_fn.fastgrpo_original
+    assert not hasattr(original, "fastgrpo_original")
+    recurrence.uninstall(mixers)
+    assert module.causal_conv1d_fn is original
+    recurrence.install(mixers)
+
+
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_checkpointed_hybrid(reentrant):
+    model = tm.tiny_model("qwen3_5").train()
+    groups = tm.synthetic_groups(model, SPECS)
+    logp = tm.naive_logp(model, groups)
+    tm.weighted_sum(logp, tm.random_weights(groups)).backward()
+    want = logp, tm.take_grads(model)
+    tm.checkpoint_activations(model, reentrant=reentrant)
+    model.enable_input_require_grads()
+    ours = [s.logp for s in fg.score(model, groups)]
+    tm.weighted_sum(ours, tm.random_weights(groups)).backward()
+    assert tm.grad_error(tm.take_grads(model), want[1])[0] <= 2e-5

@@ -1,6 +1,7 @@
 """`fastgrpo doctor`, and what it proves about every Triton kernel without a GPU."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import torch
 
 from fastgrpo.cli import doctor
 from fastgrpo.errors import InputError
+from fastgrpo.recurrence import seams
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -29,6 +31,11 @@ def test_doctor_names_packages_ops_and_reasons(capsys, tmp_path):
     for op in ("linear_grpo_loss", "match_boxes", "packed attention"):
         assert re.search(rf"^  {op} ", text, re.M)
     assert found["ops"]["group_advantages"]["uses"] in ("reference", "triton")
+    for seam, library in seams.LIBRARIES.items():
+        installed = importlib.util.find_spec(library) is not None
+        assert found["recurrence"][seam]["uses"] == (library if installed else "torch")
+    on_gpu = seams.implementations(torch.device("cuda"))
+    assert all("slower on a GPU" in str(e) for e in on_gpu.values() if e["uses"] == "torch")
     if not torch.cuda.is_available():
         assert "Triton kernels need a CUDA device" in text
 

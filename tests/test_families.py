@@ -84,9 +84,17 @@ def test_packed_equals_one_by_one(family):
         model = tm.tiny_model(family, torch.float64)
         groups = tm.synthetic_groups(model, SPECS)
         assert max(errors(model, groups, naive(model, groups))) <= 1e-12
+        _, exact = naive(model, groups[:-1])
     model = tm.tiny_model(family)
     groups = tm.synthetic_groups(model, SPECS[:-1])
-    assert max(errors(model, groups, naive(model, groups), SPLIT)) <= 2e-5
+    want = naive(model, groups)
+    error, grad_error = errors(model, groups, want, SPLIT)
+    assert error <= 2e-5
+    # Recurrences and routers amplify float32's rounding, in the plain forward as in ours.
+    plain = tm.grad_error(
+        {name: g if g is None else g.double() for name, g in want[1].items()}, exact
+    )
+    assert grad_error <= max(2e-5, 2 * plain[0])
 
 
 @pytest.mark.parametrize("family", tm.VLM_FAMILIES)

@@ -46,14 +46,11 @@ def metric_kind(name: str) -> str:
 def merge_stats(names: list[str], stats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Metrics from the statistics of the parts of a batch: 0-dim tensors, NaN where undefined."""
     stacked = torch.stack(stats)
-    merged = {}
-    for i, name in enumerate(names):
-        kind, value = metric_kind(name), stacked[:, i]
-        if kind == "mean":
-            merged[name] = value[:, 0].sum() / value[:, 1].sum().clamp(min=1.0)
-        elif kind == "sum":
-            merged[name] = value[:, 0].sum()
-        else:
-            best = value[:, 0].amin() if kind == "min" else value[:, 0].amax()
-            merged[name] = best.where(best.isfinite(), torch.full_like(best, torch.nan))
-    return merged
+    total, values = stacked.sum(0), stacked[:, :, 0]
+    nan = values.new_full((), torch.nan)
+    by_kind = {"mean": total[:, 0] / total[:, 1].clamp(min=1.0)}
+    by_kind["sum"] = by_kind["mean"]  # a sum counts nothing
+    for kind, best in (("min", values.amin(0)), ("max", values.amax(0))):
+        by_kind[kind] = best.where(best.isfinite(), nan)
+    columns = {kind: column.unbind() for kind, column in by_kind.items()}
+    return {name: columns[metric_kind(name)][i] for i, name in enumerate(names)}

@@ -64,9 +64,17 @@ def token_scales(
     elif mode == "seq-mean-token-sum-norm":
         scale = kept / (rows * obj.max_completion_length)
     else:
-        lengths = segment_sum(kept, seq_ids, num_rows).clamp(min=1.0)
+        lengths = _lengths(mask, seq_ids, num_rows).to(dtype).clamp(min=1.0)
         scale = kept / (lengths[seq_ids] * rows)
     return Scales(scale, local / tokens)
+
+
+def _lengths(mask: torch.Tensor, seq_ids: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """(B,) tokens of each sequence: differences of a running count, where a scattered sum would
+    have all tokens of a sequence add to one address."""
+    edges = torch.arange(num_rows + 1, device=seq_ids.device)
+    before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+    return before[torch.searchsorted(seq_ids, edges)].diff()
 
 
 def segment_sum(x: torch.Tensor, seq_ids: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """grpo_loss: every GRPO variant on packed per-token log-probs."""
 
+import functools
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from fastgrpo.reference.grpo_metrics import metric_stats
 class GRPOLoss:
     """Result of `grpo_loss` and `linear_grpo_loss`.
 
-    loss: 0-dim, differentiable. metrics: 0-dim tensors under TRL's names. logp: (N,) detached.
+    loss: 0-dim, differentiable. logp: (N,) detached.
     stats: (K, 2) mergeable statistics behind `metrics`, in the order of `stat_names`; see
     `merge_metrics`. plan, overflow: see `linear_grpo_loss`; only it sets them.
     """
@@ -32,11 +33,11 @@ class GRPOLoss:
     stat_names: tuple[str, ...]
     plan: str = "autograd"
     overflow: torch.Tensor | None = None
-    metrics: dict[str, torch.Tensor] = field(init=False)
 
-    def __post_init__(self) -> None:
-        metrics = merge_stats(list(self.stat_names), [self.stats])
-        object.__setattr__(self, "metrics", metrics)
+    @functools.cached_property
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """0-dim tensors under TRL's names, made when they are first read."""
+        return merge_stats(list(self.stat_names), [self.stats])
 
 
 def merge_metrics(parts: Sequence[GRPOLoss]) -> dict[str, torch.Tensor]:
@@ -100,21 +101,37 @@ def grpo_loss(
         token_weights,
     )
     call = checked(t, obj, num_tokens, num_sequences, kl_terms, sampled_entropy_coef)
-    return call.evaluate(select_loss(logp, obj, impl))
+    chosen = select_loss(logp, obj, impl)
+    if chosen != "triton" or kl_terms:  # the kernel reads the call as it is
+        call = call.per_token()
+    return call.evaluate(chosen)
 
 
 class LossCall(NamedTuple):
     """A checked call of a GRPO loss, whole: which tokens, what is minimised, over how many.
 
-    Without log-probs (the projection makes them) `tokens.logp` is only of the right length.
+    Without log-probs (the projection makes them) `tokens.logp` is only of the right length. As
+    checked, the mask may be absent, advantages `tokens.per_sequence` are (B,), and scales are
+    None; `per_token` has all of them (N,).
     """
 
     tokens: Tokens
     obj: Objective
     num_rows: int
-    scales: Scales
+    scales: Scales | None
     kl_terms: tuple[KLTerm, ...]
     sampled_entropy_coef: float
+    num_tokens: float | torch.Tensor | None = None
+    num_sequences: float | torch.Tensor | None = None
+
+    def per_token(self) -> "LossCall":
+        """The call with a mask, an advantage and a weight for each token."""
+        t = self.tokens
+        mask = torch.ones_like(t.seq_ids, dtype=torch.bool) if t.mask is None else t.mask.bool()
+        advantages = t.advantages[t.seq_ids] if t.per_sequence else t.advantages
+        totals = self.num_tokens, self.num_sequences
+        scales = token_scales(self.obj, t.seq_ids, mask, self.num_rows, *totals, t.logp.dtype)
+        return self._replace(tokens=t._replace(mask=mask, advantages=advantages), scales=scales)
 
     @property
     def names(self) -> list[str]:
@@ -131,7 +148,7 @@ class LossCall(NamedTuple):
         if impl == "triton":
             kernel = importlib.import_module("fastgrpo_kernels.grpo_loss")
             return kernel.grpo_terms(*self, names)
-        loss, terms = loss_terms(*self)
+        loss, terms = loss_terms(*self[:6])
         t = self.tokens._replace(logp=self.tokens.logp.detach())
         return loss, metric_stats(t, self.obj, self.num_rows, terms, names)
 
@@ -150,20 +167,19 @@ def checked(
     sampled_entropy_coef: float,
     targets: torch.Tensor | None = None,
 ) -> LossCall:
-    """The call with every argument checked, advantages given per token, and each token's weight.
+    """The call with every argument checked.
 
     A mask of None keeps every token; a token whose target is `IGNORE` is masked in any case.
     """
     _check_tokens(t, obj)
     _check_kl_terms(t.logp, kl_terms)
-    mask = torch.ones_like(t.seq_ids, dtype=torch.bool) if t.mask is None else t.mask.bool()
     if targets is not None:
-        mask = mask & (targets != IGNORE)
-    advantages, num_rows, per_sequence = _resolve_advantages(t.advantages, t.seq_ids)
-    t = t._replace(mask=mask, advantages=advantages, per_sequence=per_sequence)
-    totals = num_tokens, num_sequences
-    scales = token_scales(obj, t.seq_ids, mask, num_rows, *totals, t.logp.dtype)
-    return LossCall(t, obj, num_rows, scales, tuple(kl_terms), sampled_entropy_coef)
+        kept = targets != IGNORE
+        t = t._replace(mask=kept if t.mask is None else kept & t.mask.bool())
+    num_rows, per_sequence = _resolve_advantages(t.advantages, t.seq_ids)
+    t = t._replace(per_sequence=per_sequence)
+    rest = (tuple(kl_terms), sampled_entropy_coef, num_tokens, num_sequences)
+    return LossCall(t, obj, num_rows, None, *rest)
 
 
 def select_loss(logp: torch.Tensor, obj: Objective, impl: str | None) -> str:
@@ -179,10 +195,8 @@ def select_loss(logp: torch.Tensor, obj: Objective, impl: str | None) -> str:
     return select("grpo_loss", logp.device, "reference" if reason else impl)
 
 
-def _resolve_advantages(
-    advantages: torch.Tensor, seq_ids: torch.Tensor
-) -> tuple[torch.Tensor, int, bool]:
-    """((N,) advantages, B, whether they were given per sequence).
+def _resolve_advantages(advantages: torch.Tensor, seq_ids: torch.Tensor) -> tuple[int, bool]:
+    """(B, whether the advantages are given per sequence).
 
     Of length N they are per token, unless the ids name N sequences.
     """
@@ -190,8 +204,8 @@ def _resolve_advantages(
     if B == N and N > 0:
         B = int(seq_ids[-1]) + 1
         if B != N:
-            return advantages, B, False
-    return advantages[seq_ids], B, True
+            return B, False
+    return B, True
 
 
 def _check_tokens(t: Tokens, obj: Objective) -> None:

@@ -136,10 +136,12 @@ def token_kl(
     estimator: str = "k3",
     log_ratio_clamp: float = 20.0,
     value_clamp: float | None = None,
+    slope: bool = False,
 ) -> torch.Tensor:
-    """(N,) float32 estimate of KL(policy || reference), differentiable in both log-probs."""
+    """(N,) float32 estimate of KL(policy || reference), differentiable in both log-probs; with
+    slope=True its derivative by ref_logp - logp instead."""
     limit = math.inf if value_clamp is None else float(value_clamp)
-    return _token_kl(logp, ref_logp, estimator, float(log_ratio_clamp), limit)[0]
+    return _token_kl(logp, ref_logp, estimator, float(log_ratio_clamp), limit)[slope]
 
 
 def aot_specs() -> list[KernelSpec]:

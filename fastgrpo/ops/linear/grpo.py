@@ -89,6 +89,7 @@ def linear_grpo_loss(
         token_weights,
     )
     call = checked(t, obj, num_tokens, num_sequences, kl_terms, sampled_entropy_coef, targets)
+    call = call.per_token()
     if impl == "reference":
         return _by_reference(call, hidden, weight, targets, bias, temperature, softcap, logit_scale)
     head = Projection(

@@ -11,6 +11,7 @@ matmuls. A sequence longer than a chunk, and an objective that needs a statistic
 
 import dataclasses
 import functools
+import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -237,6 +238,9 @@ class _Loss:
         )
         share = t.mask.sum().to(t.logp.dtype) / self.count.clamp(min=1)
         scales = Scales(call.scales.token[rows], call.scales.entropy * share)
+        if self.impl == "triton":
+            slopes = importlib.import_module("fastgrpo_kernels.grpo_loss").grpo_slopes
+            return slopes(t, call.obj, call.num_rows, scales, terms, call.sampled_entropy_coef)
         bonus = call.obj.entropy_coef != 0.0
         with autograd_allowed():
             leaves = [t.logp.detach().requires_grad_()]

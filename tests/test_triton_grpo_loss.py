@@ -8,12 +8,17 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run with TRITON_INTERPRET=1", allow_module_level=True)
 
+from fastgrpo_kernels import grpo_loss as kernels
+from fastgrpo_kernels.grpo_loss import grpo_slopes
 from fastgrpo_kernels.token_kl import token_kl
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo.losses.metrics import metric_kind
 from fastgrpo.losses.tokens import Tokens
-from fastgrpo.objective import ESTIMATORS, ROLLOUT_MODES, KLTerm, Objective
-from fastgrpo.ops.grpo_loss import checked
+from fastgrpo.objective import AGGREGATIONS, ESTIMATORS, ROLLOUT_MODES, KLTerm, Objective
+from fastgrpo.ops import grpo_loss as ops
+from fastgrpo.ops.grpo_loss import checked, grpo_loss
 from fastgrpo.reference.token_kl import token_kl as token_kl_reference
 from fastgrpo.testing import assert_within_budget
 
@@ -52,8 +57,11 @@ def batch(lengths=LENGTHS, seed=0, per_token=False):
     return data
 
 
-def run(data, obj, dtype, triton, use=STREAMS, kl_terms=(), pull=0.0):
-    x = {k: v.to(dtype) if v.is_floating_point() else v for k, v in data.items()}
+def run(
+    data, obj, dtype, triton, use=STREAMS, kl_terms=(), pull=0.0, totals=(None, None), given=False
+):
+    floats = {k: v.to(dtype) for k, v in data.items() if k not in ("seq_ids", "mask")}
+    x = data | floats
     leaves = [x["logp"].clone().requires_grad_()]
     streams = {name: x[name] if name in use else None for name in STREAMS}
     if "entropy" in use:
@@ -66,7 +74,9 @@ def run(data, obj, dtype, triton, use=STREAMS, kl_terms=(), pull=0.0):
         options = {k: getattr(term, k) for k in ("coefficient", "estimator", "mask")}
         terms.append(KLTerm(other, **options))
     t = Tokens(leaves[0], x["advantages"], x["seq_ids"], x["mask"], **streams)
-    call = checked(t, obj, None, None, terms, pull)
+    call = checked(t, obj, *totals, terms, pull)
+    if not triton or terms or given:
+        call = call.per_token()
     loss, stats = call.loss_and_stats("triton" if triton else "reference")
     grads = torch.autograd.grad(loss, leaves, allow_unused=True)
     return loss.detach(), grads, dict(zip(call.names, stats, strict=True))
@@ -212,6 +222,143 @@ def test_grpo_loss_nan_stays_nan_and_extreme_ratios_stay_finite():
     assert loss.isnan() and dlogp[:4].isfinite().all()
 
 
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+@pytest.mark.parametrize("totals", [(None, None), (torch.tensor(77), 5.0)])
+def test_grpo_loss_denominators(mode, totals):
+    obj = Objective(
+        aggregation=mode, max_completion_length=400, entropy_coef=0.01, top_entropy_quantile=0.6
+    )
+    check(batch((40, 0, 3), seed=11), obj, use=("old_logp", "entropy"), totals=totals)
+
+
+@pytest.mark.parametrize("name", ["dapo", "gmpo", "vespo"])
+def test_grpo_loss_takes_the_weights_of_tokens(name):
+    """As the chunks of a fused projection give them, which see only a part of a sequence."""
+    obj = Objective(
+        name, beta=0.1, entropy_coef=0.01, **{"vllm_importance_sampling_mode": "token_mask"}
+    )
+    check(batch((40, 0, 3), seed=12), obj, given=True)
+
+
+LONG = (700, 3, 256, 0, 513)  # three pieces, less than one, exactly one, none, two and a token
+
+
+@pytest.mark.parametrize(
+    "obj",
+    [
+        Objective("dapo", beta=0.1),
+        Objective("grpo", "sequence", epsilon=0.01, beta=0.1),
+        Objective("gmpo", vllm_importance_sampling_mode="geometric_truncate"),
+    ],
+    ids=["apart", "sequence ratio", "gmpo"],
+)
+def test_grpo_loss_of_sequences_in_pieces(obj, monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", 256)
+    data = batch(LONG, seed=13)
+    check(data, obj, use=("old_logp", "ref_logp", "rollout_logp"))
+    first, again = (run(data, obj, torch.float32, True) for _ in range(2))
+    assert first[0] == again[0] and torch.equal(first[1][0], again[1][0])
+    assert all(torch.equal(first[2][name], again[2][name]) for name in first[2])
+    # The same sequences behind another one: the same bits, wherever a piece lies.
+    moved = batch((300, *LONG), seed=14)
+    for name in ("mask", "logp", *STREAMS):
+        moved[name][300:] = data[name]
+    moved["advantages"][1:] = data["advantages"]
+    totals = (1, 1)
+    one, other = (run(x, obj, torch.float32, True, totals=totals)[1][0] for x in (data, moved))
+    assert torch.equal(one, other[300:])
+
+
+def test_grpo_loss_without_a_mask_and_strided():
+    data = batch((30, 7), seed=15)
+    data["mask"][:] = True
+    for name in ("logp", *STREAMS):
+        data[name] = data[name].nan_to_num(0.0, 0.0, 0.0)
+    want = run(data, Objective(beta=0.1), torch.float32, True)
+    data["mask"] = None
+    for name in ("logp", *STREAMS):
+        data[name] = torch.stack([data[name], data[name] * 0 - 7], 1)[:, 0]
+    ours = run(data, Objective(beta=0.1), torch.float32, True)
+    assert ours[0] == want[0] and torch.equal(ours[1][0], want[1][0])
+
+
+def test_grpo_loss_in_lower_precision():
+    data = batch((30, 7), seed=16)
+    for name in ("logp", *STREAMS):
+        data[name] = data[name].bfloat16()
+    loss, grads, _ = run(data, Objective(beta=0.1), torch.bfloat16, True)
+    want, want_grads, _ = run(data, Objective(beta=0.1), torch.float64, False)
+    assert loss.dtype == grads[0].dtype == torch.bfloat16
+    torch.testing.assert_close(loss.double(), want, rtol=1e-2, atol=0)
+    torch.testing.assert_close(grads[0].double(), want_grads[0], rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo_token", "gmpo"])
+def test_grpo_slopes_are_the_gradients(name):
+    data = batch((40, 0, 3), seed=17)
+    other = torch.where(data["mask"], data["logp"], 0.0) + 0.3
+    some = torch.arange(len(other)) % 2 == 0
+    terms = (KLTerm(other, -0.02), KLTerm(other + 1, 0.1, "k2", mask=some))
+    obj = Objective(name, beta=0.1, entropy_coef=0.01)
+    logp, entropy = (data[k].clone().requires_grad_() for k in ("logp", "entropy"))
+    rest = {k: data[k] for k in ("advantages", "seq_ids", "mask", "old_logp", "ref_logp")}
+    call = checked(Tokens(logp, entropy=entropy, **rest), obj, None, None, terms, 0.0).per_token()
+    want = torch.autograd.grad(call.loss_and_stats("triton")[0], (logp, entropy))
+    for ours, grad in zip(grpo_slopes(*call[:6]), want, strict=True):
+        torch.testing.assert_close(ours, grad, rtol=1e-6, atol=1e-9)
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the operations dispatched, also inside our own ops."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names = []
+        for name in ("grpo_loss_triton", "grpo_gradient_triton"):
+            functions = OPDEFS[f"fastgrpo::{name}"]._backend_fns
+            for device, function in functions.items():
+                monkeypatch.setitem(functions, device, self.inside(function))
+
+    def inside(self, function):
+        def run(*args):
+            with self:
+                return function(*args)
+
+        return run
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_grpo_loss_dispatches_at_most_eight_operations(monkeypatch):
+    data = batch((30, 7), seed=18)
+    launched = []
+    monkeypatch.setattr(kernels, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    monkeypatch.setattr(ops, "_check_seq_ids", lambda *_: None)  # read on the CPU only
+    logp, one = data["logp"].requires_grad_(), torch.ones(())
+    streams = {name: data[name] for name in ("old_logp", "ref_logp", "rollout_logp")}
+    for obj in (
+        Objective(beta=0.1),
+        Objective("grpo", "sequence"),
+        Objective("vespo", beta=0.1, vllm_importance_sampling_mode="token_mask"),
+    ):
+        launched.clear()
+        with monkeypatch.context() as patch, Dispatched(patch) as counter:
+            out = grpo_loss(
+                logp,
+                data["advantages"],
+                obj,
+                seq_ids=data["seq_ids"],
+                mask=data["mask"],
+                impl="triton",
+                **streams,
+            )
+            torch.autograd.grad(out.loss, logp, one)
+        assert len(launched) == 2 and "aten::new_zeros" in counter.names
+        assert len(counter.names) <= 8, counter.names
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_token_kl(estimator):
     x = torch.tensor([0.0, 1e-4, -1e-4, 0.3, -0.5, 2.0, -3.0, 25.0, -25.0, 1e4, torch.nan])
@@ -233,11 +380,17 @@ def test_grpo_loss_and_token_kl_are_registered_ops():
     data = batch((3, 2), seed=10)
     logp = data["logp"].nan_to_num(0.0).requires_grad_()
     ref = torch.zeros(5)
-    ops = torch.ops.fastgrpo
-    torch.library.opcheck(ops.token_kl_triton.default, (logp, ref, "k3", 20.0, 10.0))
-    numbers = [0.2, 0.2, 9.0, 9.0, -1.0, 5.0, 0.0, 20.0, 9.0, 0.0, 3.0, 9.0, 0.0, *[1.0] * 7]
-    streams = (None, ref, None, None, None, None)
-    flags = ("clipped", True, "k3", False, "", False, True, True)
-    tokens = (logp, ref, data["seq_ids"], data["mask"], torch.ones(5))
-    args = (*tokens, *streams, 2, numbers, *flags)
-    torch.library.opcheck(ops.grpo_loss_triton.default, args)
+    registered = torch.ops.fastgrpo
+    torch.library.opcheck(registered.token_kl_triton.default, (logp, ref, "k3", 20.0, 10.0))
+    call = checked(
+        Tokens(logp, data["advantages"], data["seq_ids"], data["mask"], old_logp=ref, entropy=ref),
+        *(Objective("grpo", "sequence", entropy_coef=0.1), None, None, (), 0.0),
+    )
+    args = kernels._arguments(*call[:4], 0.0, call.names)
+    torch.library.opcheck(registered.grpo_loss_triton.default, args)
+    entropy = ref.clone().requires_grad_()
+    torch.library.opcheck(registered.grpo_loss_triton.default, (logp, entropy, *args[2:]))
+    work = torch.ones(4)
+    torch.library.opcheck(
+        registered.grpo_gradient_triton.default, (ref[0], ref, work, torch.bfloat16)
+    )

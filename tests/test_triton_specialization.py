@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastgrpo.losses.tokens import Scales, Tokens
+from fastgrpo.losses.tokens import Tokens
 from fastgrpo.objective import Objective
 from fastgrpo.ops import prefix_tables
 from fastgrpo.packing.layout import GroupLayout
@@ -71,12 +71,17 @@ def test_grpo_loss_compiles_once(keys, level):
         obj = Objective(
             "grpo", level, epsilon=epsilon, beta=beta, delta=delta, log_ratio_clamp=N + 1
         )
-        zeros = torch.zeros(N)
-        ids = torch.arange(N) % B
-        t = Tokens(zeros, zeros, ids.sort()[0], torch.ones(N, dtype=torch.bool), zeros, zeros)
-        names = ["policy_loss", "kl"]
-        grpo_terms(t, obj, B, Scales(zeros, torch.tensor(1.0)), (), float(N), names)
-    assert len(keys) == 1
+        start = N % 2  # chunks are slices, which may start anywhere
+        zeros = torch.zeros(N + 1)[start:][:N]
+        ids = (torch.arange(N + 1) * B // (N + 1))[start:][:N]
+        mask = torch.ones(N + 1, dtype=torch.bool)[start:][:N]
+        t = Tokens(zeros, torch.zeros(B), ids, mask, zeros, zeros)
+        loss, _ = grpo_terms(
+            t._replace(logp=zeros.clone().requires_grad_()),
+            *(obj, B, None, (), float(N), float(N), 2 * B, ["policy_loss", "kl"]),
+        )
+        loss.backward()
+    assert len(keys) == 2  # forward, backward
 
 
 def test_token_kl_compiles_once(keys):

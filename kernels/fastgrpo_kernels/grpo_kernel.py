@@ -191,7 +191,7 @@ def _finish(
         each = d.entropy_coef * share / tl.maximum(cell(v, ACTING), 1.0)
         loss -= each * cell(v, ACTING_ENTROPY)
         tl.store(work_ptr + 1, -each)
-    tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
+    tl.store(loss_ptr, loss.to(tl.float32).to(loss_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["N", "B", "slots"], do_not_specialize_on_alignment=_POINTERS)

@@ -14,11 +14,13 @@ from fastgrpo_kernels.token_kl import token_kl
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgrpo.errors import InputError
 from fastgrpo.losses.metrics import metric_kind
 from fastgrpo.losses.tokens import Tokens
 from fastgrpo.objective import AGGREGATIONS, ESTIMATORS, ROLLOUT_MODES, KLTerm, Objective
 from fastgrpo.ops import grpo_loss as ops
 from fastgrpo.ops.grpo_loss import checked, grpo_loss
+from fastgrpo.ops.token_kl import token_kl as public_token_kl
 from fastgrpo.reference.token_kl import token_kl as token_kl_reference
 from fastgrpo.testing import assert_within_budget
 
@@ -374,6 +376,17 @@ def test_token_kl(estimator):
         results.append((kl.detach(), *torch.autograd.grad(kl[:-1].sum(), (p, q))))
     for name, o, w, s in zip(("kl", "dlogp", "dref"), *results, strict=True):
         assert_within_budget(o, w, s, what=name)
+
+
+def test_token_kl_chooses_its_kernel():
+    logp, ref = -torch.rand(2, 7)
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = public_token_kl(logp.to(dtype), ref.to(dtype), impl="triton")
+        want = public_token_kl(logp.to(dtype).double(), ref.to(dtype).double(), impl="reference")
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), want, rtol=8 * torch.finfo(dtype).eps, atol=1e-7)
+    with pytest.raises(InputError, match="float64"):
+        public_token_kl(logp.double(), ref, impl="triton")
 
 
 def test_grpo_loss_and_token_kl_are_registered_ops():

@@ -16,7 +16,7 @@ ORDER = {
     "linear_kl": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
     "grpo_loss": {"cuda": ("triton",), "cpu": ()},
     "group_advantages": {"cuda": ("triton",), "cpu": ()},
-    "token_kl": {},
+    "token_kl": {"cuda": ("triton",)},
     "box_iou": {},
     "pairwise_box_iou": {"cuda": ("triton",), "cpu": ("cpp",)},
     "match_boxes": {"cuda": ("cuda", "cpp"), "cpu": ("cpp",)},

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fastgrpo_kernels.aot import KernelSpec
+from fastgrpo_kernels.launch import launch
 
 LOWEST = {"iou": 0.0, "giou": -1.0, "diou": -1.0, "ciou": -1.5}
 CONVENTIONS = ("continuous", "pixel", "vlm_r1")
@@ -302,11 +303,12 @@ def _launch(kernel, tensors, a_sizes, b_sizes, tiles, kind, convention, **flags)
     value_sizes = na * nb
     tables.append(torch.nn.functional.pad(value_sizes.cumsum(0), (1, 0)))
     sample = torch.repeat_interleave(counts)
-    if not len(sample):
-        return
     device = tensors[0].device
     first_tile, a_offset, b_offset, value_offset = torch.stack(tables).to(device)
-    kernel[(len(sample),)](
+    launch(
+        kernel,
+        (len(sample),),
+        tensors[0],
         *tensors,
         sample.to(device),
         first_tile,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrpo_kernels.aot import KernelSpec
+from fastgrpo_kernels.launch import launch
 
 TILE, WARPS = 1024, 4  # 2 KiB of bf16 in a program, enough loads in flight to reach bandwidth
 ALIGNMENT = 16  # bytes of the widest load
@@ -85,7 +86,10 @@ def _launch(kernel, x: Tensor, indices: tuple[Tensor, ...], out: Tensor) -> None
     if x.stride(1) != 1 or x.stride(0) % unit or x.data_ptr() % ALIGNMENT:
         x = x.clone(memory_format=torch.contiguous_format)
     block = _block(columns)
-    kernel[(triton.cdiv(rows, TILE // block), triton.cdiv(columns, block))](
+    launch(
+        kernel,
+        (triton.cdiv(rows, TILE // block), triton.cdiv(columns, block)),
+        x,
         x,
         *indices,
         out,
@@ -103,8 +107,7 @@ def _launch(kernel, x: Tensor, indices: tuple[Tensor, ...], out: Tensor) -> None
 def gather_rows_op(x: Tensor, index: Tensor, order: Tensor, first: Tensor) -> Tensor:
     """x[index] for x (N, D): (M, D). order (M,) sorts the index, first (N + 1,) marks each run."""
     out = x.new_empty((len(index), x.shape[1]))
-    if out.numel():
-        _launch(_gather_rows_kernel, x, (index,), out)
+    _launch(_gather_rows_kernel, x, (index,), out)
     return out
 
 
@@ -112,8 +115,7 @@ def gather_rows_op(x: Tensor, index: Tensor, order: Tensor, first: Tensor) -> Te
 def sum_rows_op(x: Tensor, index: Tensor, order: Tensor, first: Tensor) -> Tensor:
     """out[n] = sum of x[m] over index[m] == n, in float32 and in index order: (N, D)."""
     out = x.new_empty((len(first) - 1, x.shape[1]))
-    if out.numel():
-        _launch(_sum_rows_kernel, x, (order, first), out)
+    _launch(_sum_rows_kernel, x, (order, first), out)
     return out
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fastgrpo_kernels.aot import KernelSpec
+from fastgrpo_kernels.launch import launch
 
 TILE = 512
 WIDEST = 256  # columns of a tile for groups that are large themselves
@@ -129,7 +130,10 @@ def _group_advantages(
         largest = -(-B // P)
     columns = min(triton.next_power_of_2(max(largest, 1)), WIDEST)
     rows = TILE // columns
-    _group_advantages_kernel[(triton.cdiv(P, rows),)](
+    launch(
+        _group_advantages_kernel,
+        (triton.cdiv(P, rows),),
+        rewards,
         rewards.contiguous(),
         starts,
         wrong,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fastgrpo_kernels.aot import KernelSpec
+from fastgrpo_kernels.launch import launch
 from fastgrpo_kernels.token_kl import excess
 
 BLOCK, NUM_WARPS = 1024, 4
@@ -127,10 +128,8 @@ def kl_of_logits(z_p: torch.Tensor, z_q: torch.Tensor) -> torch.Tensor:
     assert z_p.dtype == z_q.dtype == torch.float32
     assert V == 1 or z_p.stride(1) == z_q.stride(1) == 1
     kl = z_p.new_empty(C)
-    if C:
-        _kl_kernel[(C,)](
-            z_p, z_q, kl, V, z_p.stride(0), z_q.stride(0), BLOCK=BLOCK, num_warps=NUM_WARPS
-        )
+    numbers = (V, z_p.stride(0), z_q.stride(0))
+    launch(_kl_kernel, (C,), z_p, z_p, z_q, kl, *numbers, BLOCK=BLOCK, num_warps=NUM_WARPS)
     return kl
 
 
@@ -148,23 +147,25 @@ def _logit_gradients(
     assert V == 1 or z_p.stride(1) == z_q.stride(1) == 1
     assert not overlay or C < 2 or min(z_p.stride(0), z_q.stride(0)) >= V, "rows must not overlap"
     dz_p, dz_q = (z.view(torch.bfloat16) if overlay else z for z in (z_p, z_q))
-    if C:
-        _kl_grad_kernel[(C,)](
-            z_p,
-            z_q,
-            dz_p,
-            dz_q,
-            kl.contiguous(),
-            dkl.contiguous(),
-            V,
-            z_p.stride(0),
-            z_q.stride(0),
-            dz_p.stride(0),
-            dz_q.stride(0),
-            OVERLAY=overlay,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-        )
+    launch(
+        _kl_grad_kernel,
+        (C,),
+        z_p,
+        z_p,
+        z_q,
+        dz_p,
+        dz_q,
+        kl.contiguous(),
+        dkl.contiguous(),
+        V,
+        z_p.stride(0),
+        z_q.stride(0),
+        dz_p.stride(0),
+        dz_q.stride(0),
+        OVERLAY=overlay,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
 
 
 def logit_gradients_(

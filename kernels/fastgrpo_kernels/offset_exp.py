@@ -25,6 +25,7 @@ import triton.language as tl
 
 from fastgrpo_kernels.aot import KernelSpec
 from fastgrpo_kernels.exponentials import MAX_EXPONENT, OffsetExp
+from fastgrpo_kernels.launch import launch
 
 # exp(MAX_EXPONENT) in float32: a row with one larger exponent has a larger sum.
 SUM_LIMIT = tl.constexpr(float(torch.tensor(MAX_EXPONENT).exp()))
@@ -142,28 +143,30 @@ def _offset_exp(
     assert not overlay or C < 2 or logits.stride(0) >= V, "rows must not overlap"
     exps = logits.view(torch.bfloat16) if overlay else logits
     sum_exp, zy, moment, overflow = _outputs(logits, entropy)
-    if C:
-        _offset_exp_kernel[(C,)](
-            logits,
-            exps,
-            targets.contiguous(),
-            None if inv_temperature is None else inv_temperature.contiguous(),
-            None if bias is None else bias.contiguous(),
-            None if target_logit is None else target_logit.contiguous(),
-            sum_exp,
-            zy,
-            moment if entropy else None,
-            overflow,
-            V,
-            logits.stride(0),
-            exps.stride(0),
-            float(logit_scale),
-            float(softcap or 1.0),
-            SOFTCAP=softcap is not None,
-            OVERLAY=overlay,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-        )
+    launch(
+        _offset_exp_kernel,
+        (C,),
+        logits,
+        logits,
+        exps,
+        targets.contiguous(),
+        None if inv_temperature is None else inv_temperature.contiguous(),
+        None if bias is None else bias.contiguous(),
+        None if target_logit is None else target_logit.contiguous(),
+        sum_exp,
+        zy,
+        moment if entropy else None,
+        overflow,
+        V,
+        logits.stride(0),
+        exps.stride(0),
+        float(logit_scale),
+        float(softcap or 1.0),
+        SOFTCAP=softcap is not None,
+        OVERLAY=overlay,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
     return sum_exp, zy, moment, overflow
 
 

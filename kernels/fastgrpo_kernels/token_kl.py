@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fastgrpo_kernels.aot import KernelSpec
+from fastgrpo_kernels.launch import launch
 
 BLOCK = 1024
 
@@ -88,19 +89,22 @@ def _token_kl(
     value_clamp: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     kl, slope = _outputs(logp)
-    if N := logp.numel():
-        _token_kl_kernel[(triton.cdiv(N, BLOCK),)](
-            logp.contiguous(),
-            ref_logp.contiguous(),
-            kl,
-            slope,
-            N,
-            log_ratio_clamp,
-            value_clamp,
-            ESTIMATOR=estimator.removesuffix("+"),
-            PLUS=estimator.endswith("+"),
-            BLOCK=BLOCK,
-        )
+    N = logp.numel()
+    launch(
+        _token_kl_kernel,
+        (triton.cdiv(N, BLOCK),),
+        logp,
+        logp.contiguous(),
+        ref_logp.contiguous(),
+        kl,
+        slope,
+        N,
+        log_ratio_clamp,
+        value_clamp,
+        ESTIMATOR=estimator.removesuffix("+"),
+        PLUS=estimator.endswith("+"),
+        BLOCK=BLOCK,
+    )
     return kl, slope
 
 

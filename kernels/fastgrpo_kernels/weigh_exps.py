@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fastgrpo_kernels.aot import KernelSpec
+from fastgrpo_kernels.launch import launch
 
 BLOCK, NUM_WARPS = 2048, 4
 
@@ -74,18 +75,20 @@ def weigh_exps_(
     int64 (outside [0, V): on another shard). h and c, temperature and middle come in pairs."""
     C, V = exps.shape
     assert V == 1 or exps.stride(1) == 1
-    if C:
-        numbers = (g, h, c, temperature, middle, at_target)
-        _weigh_exps_kernel[(C,)](
-            exps,
-            targets.contiguous(),
-            *(None if x is None else x.contiguous() for x in numbers),
-            V,
-            exps.stride(0),
-            float(softcap),
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-        )
+    numbers = (g, h, c, temperature, middle, at_target)
+    launch(
+        _weigh_exps_kernel,
+        (C,),
+        exps,
+        exps,
+        targets.contiguous(),
+        *(None if x is None else x.contiguous() for x in numbers),
+        V,
+        exps.stride(0),
+        float(softcap),
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
 
 
 @weigh_exps_.register_fake

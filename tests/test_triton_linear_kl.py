@@ -45,10 +45,10 @@ def test_linear_kl_kernels_shapes(shape, near):
     kl, grads = ours(z_p, z_q)
     want, same = run(z_p, z_q, torch.float64), run(z_p, z_q, torch.float32)
     assert bool((kl >= 0).all())
-    # the normalisers' difference carries one rounding that PyTorch's own order cancels
-    assert_within_budget(kl, want[0], same[0], factor=8.0, what="kl")
+    # the normalisers' difference carries two roundings that PyTorch's own order cancels
+    assert_within_budget(kl, want[0], same[0], factor=16.0, what="kl")
     for i, grad in enumerate(grads):
-        assert_within_budget(grad, want[1][i], same[1][i], factor=8.0, what=f"gradient {i}")
+        assert_within_budget(grad, want[1][i], same[1][i], factor=16.0, what=f"gradient {i}")
 
 
 def test_linear_kl_kernels_bf16_gradients_in_place():

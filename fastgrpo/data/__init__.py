@@ -1,4 +1,5 @@
 """Datasets of vision-language tasks in the columns TRL's trainers take."""
 
 from fastgrpo.data.quarantine import Quarantine, SetAside
+from fastgrpo.data.table import load_table
 from fastgrpo.data.vlm_r1 import load_vlm_r1, split_validation

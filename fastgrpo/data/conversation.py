@@ -116,6 +116,25 @@ def read_prompt(
     return prompt, [next(left) if source is None else source for source in sources]
 
 
+def as_user_turn(prompt: object, num_images: int) -> object:
+    """`prompt`, a text as one user message; images no tag or part has a place for come first, as
+    in TRL.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not num_images or not isinstance(messages, list):
+        return messages
+    parts = [_parts(_role_and_content(message)[1]) for message in messages]
+    if any(part["type"] == "image" for content in parts for part in content):
+        return messages
+    first = next((i for i, m in enumerate(messages) if _role_and_content(m)[0] == "user"), 0)
+    placed = [{"type": "image"}] * num_images + parts[first]
+    return [
+        *messages[:first],
+        messages[first] | {"content": placed},
+        *messages[first + 1 :],
+    ]
+
+
 def text_parts(text: str) -> list[dict]:
     """`text` cut at its tags: text and image parts, the empty texts left out."""
     _refuse_other_tags(text)

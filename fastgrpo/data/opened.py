@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from fastgrpo.data.quarantine import Quarantine, SetAside
 from fastgrpo.errors import InputError
 from fastgrpo.images import ImageFault, image_size, load_image
+from fastgrpo.images.read import embedded_bytes, refuse_remote, regular_file
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,26 @@ RESERVED = (
     *("prompts", "completion", "completions", "completion_ids", "trainer_state"),
     *("log_extra", "log_metric", "environments", "quarantine_reason"),
 )
+
+
+def check_verification(how: str, max_pixels: int) -> None:
+    """InputError for a `verify_images` or a `max_image_pixels` that cannot be obeyed."""
+    if how not in VERIFY:
+        raise InputError(f"verify_images must be one of {', '.join(VERIFY)}, got {how!r}")
+    if not isinstance(max_pixels, int) or max_pixels < 1:
+        raise InputError(f"max_image_pixels: expected a number above 0, got {max_pixels!r}")
+
+
+def located(source: Any, folder: Path | None) -> Any:
+    """`source` with a relative path made one below `folder`; raises `ImageFault` for no file."""
+    if folder is None:
+        return source
+    if isinstance(source, dict) and source.get("bytes") is None:
+        source = source.get("path")
+    if not isinstance(source, str) or embedded_bytes(source) is not None:
+        return source
+    refuse_remote(source)
+    return str(regular_file(folder / source))
 
 
 def verify_image(source: Any, how: str, max_pixels: int) -> None:
@@ -38,10 +60,19 @@ def check_columns(names: Sequence[str], where: str) -> None:
         )
 
 
-def finish(dataset, quarantine: Quarantine, num_rows: int, where: str, sources: str, pixels: int):
+def finish(
+    dataset,
+    quarantine: Quarantine,
+    num_rows: int,
+    where: str,
+    sources: str | None,
+    pixels: int,
+    folder: Path | None = None,
+):
     """`dataset` with its images opened row by row from column `sources`, and `.quarantined`.
 
-    `num_rows` is the number before rows were set aside. Raises `InputError` when none is left.
+    Without `sources` it is text. Relative paths start from `folder` when there is one. `num_rows`
+    counts the rows set aside as well. Raises `InputError` when none is left.
     """
     if not num_rows or not len(dataset):
         first = next(iter(quarantine), None)
@@ -51,7 +82,8 @@ def finish(dataset, quarantine: Quarantine, num_rows: int, where: str, sources: 
         logger.warning(
             "%d of %d rows set aside: %s", len(quarantine), num_rows, quarantine.counts()
         )
-    dataset = dataset.with_transform(OpenImages(quarantine, pixels, sources))
+    if sources is not None:
+        dataset = dataset.with_transform(OpenImages(quarantine, pixels, sources, folder))
     dataset.quarantined = quarantine
     return dataset
 
@@ -63,8 +95,11 @@ class OpenImages:
     which excludes it from the loss under `FastGRPOTrainer`; the reason is None otherwise.
     """
 
-    def __init__(self, quarantine: Quarantine, max_pixels: int, sources: str):
-        self.quarantine, self.max_pixels, self.sources = quarantine, max_pixels, sources
+    def __init__(
+        self, quarantine: Quarantine, max_pixels: int, sources: str, folder: Path | None = None
+    ):
+        self.quarantine, self.max_pixels = quarantine, max_pixels
+        self.sources, self.folder = sources, folder
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         if self.sources not in rows or "data_row" not in rows:  # single columns were asked for
@@ -78,9 +113,12 @@ class OpenImages:
         }
 
     def _open(self, rows: dict[str, list], index: int) -> tuple[list[Image.Image], str | None]:
-        sources = rows[self.sources][index] or []
+        sources = rows[self.sources][index]
+        if not isinstance(sources, list):
+            sources = [] if sources is None else [sources]
         try:
-            return [load_image(source, self.max_pixels) for source in sources], None
+            found = (located(source, self.folder) for source in sources)
+            return [load_image(source, self.max_pixels) for source in found], None
         except ImageFault as fault:
             file, _, line = rows["data_row"][index].rpartition(":")
             own_id = rows["id"][index] if "id" in rows else None

@@ -11,7 +11,7 @@ import orjson
 
 from fastgrpo.data.conversation import IMAGE_TOKENS, QUESTION, RowFault, read_conversation
 from fastgrpo.data.files import read_rows
-from fastgrpo.data.opened import VERIFY, check_columns, finish, verify_image
+from fastgrpo.data.opened import check_columns, check_verification, finish, verify_image
 from fastgrpo.data.quarantine import Quarantine, SetAside
 from fastgrpo.errors import InputError
 from fastgrpo.images import MAX_PIXELS, ImageFault
@@ -92,9 +92,7 @@ def load_vlm_r1(
     template = question_template or QUESTION_TEMPLATES.get(task_type, QUESTION_TEMPLATES["default"])
     if template.count(QUESTION) != 1:
         raise InputError(f"question_template must contain {QUESTION} once, got {template!r:.200}")
-    if verify_images not in VERIFY:
-        raise InputError(f"verify_images must be one of {', '.join(VERIFY)}, got {verify_images!r}")
-    check_limit(max_image_pixels, "max_image_pixels")
+    check_verification(verify_images, max_image_pixels)
     quarantine, table, aside = Quarantine(quarantine_file), _Table(), []
     for file, folder, method in zip(files, folders, methods, strict=True):
         for line, row in read_rows(file):
@@ -113,12 +111,6 @@ def load_vlm_r1(
     where = f"data_file_paths: {', '.join(map(str, files))}"
     num_rows = table.num_rows + len(aside)
     return finish(_dataset(table), quarantine, num_rows, where, "image_path", max_image_pixels)
-
-
-def check_limit(value: object, name: str) -> None:
-    """InputError unless `value` is a whole number above zero."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name}: expected a whole number of pixels above 0, got {value!r}")
 
 
 def split_validation(dataset, ratio: float, seed: int = 0):
@@ -196,13 +188,13 @@ def _to_columns(
     return extra | {
         "prompt": read.prompt,
         "problem": read.problem,
-        "solution": f"<answer> {_answer_text(read.answer)} </answer>",
+        "solution": f"<answer> {answer_text(read.answer)} </answer>",
         "accu_reward_method": own,
         "image_path": read.images,
     }
 
 
-def _answer_text(answer: object) -> str:
+def answer_text(answer: object) -> str:
     if isinstance(answer, str):
         answer = answer.replace("<answer>", "").replace("</answer>", "").strip()
         if not answer:

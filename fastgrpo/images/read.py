@@ -98,7 +98,7 @@ def resolve_inside(folder: Path, name: object) -> Path:
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise ImageFault("bad_name", f"image must be a relative path, got {name!r:.200}")
-    _refuse_remote(name)
+    refuse_remote(name)
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
         raise ImageFault("outside_folder", f"{name!r:.200} is not a path below {folder}")
@@ -138,7 +138,8 @@ def embedded_bytes(text: str) -> bytes | None:
     return data if uri or data.startswith(_SIGNATURES) else None
 
 
-def _refuse_remote(name: str) -> None:
+def refuse_remote(name: str) -> None:
+    """ImageFault for an address with a scheme; images are local files."""
     if _REMOTE.match(name):
         raise ImageFault(
             "url",
@@ -154,7 +155,7 @@ def _opened(source: Any, max_pixels: int) -> tuple[Image.Image, str]:
             raise ImageFault("bad_name", f"expected bytes or a path, got {dict(source)!r:.200}")
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     if isinstance(source, str):
-        _refuse_remote(source)
+        refuse_remote(source)
         data = embedded_bytes(source)
         source = Path(source) if data is None else data
     if isinstance(source, Path):

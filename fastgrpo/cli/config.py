@@ -20,8 +20,18 @@ class FastGRPOConfig(GRPOConfig):
     recipe: str | None = _option(
         None, "A published system: its rewards, advantage rule and settings, see fastgrpo.recipes."
     )
-    data_file_paths: str | None = _option(None, "VLM-R1 JSONL files, ':' between them.")
-    image_folders: str | None = _option(None, "One image folder per data file, ':' between them.")
+    data_file_paths: str | None = _option(
+        None, "VLM-R1 JSONL or ShareGPT / LLaVA JSON files, ':' between them."
+    )
+    image_folders: str | None = _option(
+        None, "One image folder per data file, ':' between them; default: the files' own."
+    )
+    dataset_name: str | None = _option(
+        None, "A table in TRL's columns: .parquet, .arrow, .json(l), a folder, or a hub name."
+    )
+    dataset_config: str | None = _option(None, "Configuration of a hub data set.")
+    dataset_train_split: str = _option("train", "Split of dataset_name that is trained on.")
+    dataset_test_split: str | None = _option(None, "Split of dataset_name for evaluation.")
     reward_method: str | None = _option(
         None, "accu_reward_method of the rows that name none, one per data file, ':' between them."
     )

@@ -1,43 +1,28 @@
-"""`fastgrpo train --config x.yaml [--field value]`: GRPO on VLM-R1's data with FastGRPOTrainer."""
+"""`fastgrpo train --config x.yaml [--field value]`: GRPO on the user's data."""
 
 from __future__ import annotations
 
-import argparse
-import functools
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-import yaml
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from fastgrpo import recipes, rewards
 from fastgrpo.checkpoints import fault_of, newest_complete
 from fastgrpo.cli.config import FastGRPOConfig
+from fastgrpo.cli.data import load_data
 from fastgrpo.cli.processor import image_tokens, load_processor
-from fastgrpo.data import load_vlm_r1, split_validation
-from fastgrpo.data.conversation import IMAGE_TOKENS
+from fastgrpo.cli.settings import parse
 from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl import FastGRPOTrainer, FastOptions, record
 from fastgrpo.models.adapter import Adapter
 
 logger = logging.getLogger(__name__)
-
-# What transformers would otherwise take over from the checkpoint's generation_config: the loss
-# scores the plain softmax, so rollouts sample from it. TRL sets temperature, top_k, top_p and
-# repetition_penalty itself.
-PLAIN_SAMPLING = {
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,30 +38,6 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.push_to_hub()
     if hasattr(trainer, "end"):  # transformers >= 5.18: finishes trackers and process groups
         trainer.end()
-
-
-def parse(arguments: list[str] | None = None) -> tuple[FastGRPOConfig, ModelConfig]:
-    """The settings from `--config` and the command line, checked."""
-    parser = TrlParser((FastGRPOConfig, ModelConfig), prog="fastgrpo train")
-    # Dropout draws one mask for a prompt shared by G completions, so the engine refuses it.
-    parser.set_defaults(lora_dropout=0.0)
-    name = _recipe_name(arguments)
-    if name is not None:
-        parser.set_defaults(**recipes.load(name).config)
-    config, model_config = parser.parse_args_and_config(arguments)
-    for name in ("data_file_paths", "image_folders"):
-        if getattr(config, name) is None:
-            raise InputError(f"{name} is required")
-    if model_config.model_name_or_path is None:
-        raise InputError("model_name_or_path is required")
-    if model_config.use_peft and model_config.lora_target_modules is None:
-        model_config.lora_target_modules = "all-linear"
-    config.generation_kwargs = (
-        PLAIN_SAMPLING
-        | ({} if config.min_p is None else {"min_p": config.min_p})
-        | (config.generation_kwargs or {})
-    )
-    return config, model_config
 
 
 def build_trainer(config: FastGRPOConfig, model_config: ModelConfig) -> FastGRPOTrainer:
@@ -105,18 +66,6 @@ def build_trainer(config: FastGRPOConfig, model_config: ModelConfig) -> FastGRPO
     return trainer
 
 
-def _recipe_name(arguments: list[str] | None) -> str | None:
-    """`--recipe` on the command line, else `recipe` in the `--config` file."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe")
-    parser.add_argument("--config")
-    given, _ = parser.parse_known_args(arguments)
-    if given.recipe is None and given.config is not None:
-        data = yaml.safe_load(Path(given.config).read_text("utf-8"))
-        return data.get("recipe") if isinstance(data, dict) else None
-    return given.recipe
-
-
 def _reward_settings(config: FastGRPOConfig) -> dict:
     """The trainer's rewards: those named, or a recipe's with its rules."""
     if config.recipe is None:
@@ -134,37 +83,6 @@ def _reward_settings(config: FastGRPOConfig) -> dict:
         "rule": recipe.advantages,
         "perception": recipe.perception,
     }
-
-
-def load_data(config: FastGRPOConfig, tokens: Sequence[str] = IMAGE_TOKENS):
-    """(train, validation) datasets; validation None unless a split or evaluation files are set.
-
-    `tokens`: the literal tokens of images, which a text must not hold.
-    """
-    load = functools.partial(
-        load_vlm_r1,
-        task_type=config.task_type,
-        question_template=config.question_template,
-        image_tokens=tokens,
-        max_image_pixels=config.max_image_pixels,
-        verify_images=config.verify_images,
-    )
-    output = Path(config.output_dir)
-    train = load(
-        config.data_file_paths,
-        config.image_folders,
-        reward_method=config.reward_method,
-        quarantine_file=output / "quarantine.jsonl",
-    )
-    if config.eval_data_file_paths is not None:
-        if config.val_split_ratio:
-            raise InputError("val_split_ratio and eval_data_file_paths exclude each other")
-        return train, load(
-            config.eval_data_file_paths,
-            config.eval_image_folders or config.image_folders,
-            quarantine_file=output / "quarantine_eval.jsonl",
-        )
-    return split_validation(train, config.val_split_ratio, config.seed)
 
 
 def find_reward(name: str, compat: str = "fixed") -> Callable:

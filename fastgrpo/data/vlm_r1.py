@@ -11,7 +11,7 @@ import orjson
 
 from fastgrpo.data.conversation import IMAGE_TOKENS, QUESTION, RowFault, read_conversation
 from fastgrpo.data.files import read_rows
-from fastgrpo.data.opened import check_columns, check_verification, finish, verify_image
+from fastgrpo.data.opened import check_columns, check_verification, finish, located, verify_image
 from fastgrpo.data.quarantine import Quarantine, SetAside
 from fastgrpo.errors import InputError
 from fastgrpo.images import MAX_PIXELS, ImageFault
@@ -63,7 +63,8 @@ def load_vlm_r1(
     """Reads VLM-R1, ShareGPT or LLaVA files into a `datasets.Dataset` with TRL's columns.
 
     `data_file_paths`, `image_folders` and `reward_method` are lists of equal length, or VLM-R1's
-    strings with ":" between the entries; no folders: each file's own. A file holds one JSON object
+    strings with ":" between the entries; no folders: each file's own; an empty folder: names are
+    paths from the working folder. A file holds one JSON object
     a line, or one JSON array (`.json`). A row is `{"image" or "images": name, data URI or list of
     them (optional), "conversations" or "messages": turns, ...}`, its turns read by
     `read_conversation`: roles decide what is system, question and answer, earlier turns stay in the
@@ -133,7 +134,7 @@ def _sources(data_file_paths, image_folders, reward_method) -> tuple[list, list,
 
     files = [Path(path) for path in entries(data_file_paths)]
     folders = [f.parent for f in files] if image_folders is None else entries(image_folders)
-    folders = [Path(folder) for folder in folders]
+    folders = [Path(folder) if str(folder) else None for folder in folders]
     methods = ["default"] * len(files) if reward_method is None else entries(reward_method)
     if not len(files) == len(folders) == len(methods):
         raise InputError(
@@ -144,9 +145,9 @@ def _sources(data_file_paths, image_folders, reward_method) -> tuple[list, list,
         if not file.is_file():
             raise InputError(f"data_file_paths: {file} is not a file")
     for folder in folders:
-        if not folder.is_dir():
+        if folder is not None and not folder.is_dir():
             raise InputError(f"image_folders: {folder} is not a folder")
-    return files, [folder.resolve() for folder in folders], methods
+    return files, [folder and folder.resolve() for folder in folders], methods
 
 
 def _only(row: dict, names: Sequence[str], reason: str) -> object:
@@ -157,17 +158,19 @@ def _only(row: dict, names: Sequence[str], reason: str) -> object:
     return row[present[0]] if present else next((row[n] for n in names if n in row), None)
 
 
-def _source(name: object, folder: Path) -> str:
-    """Where an image is read from: its file inside `folder`, or the data URI itself."""
+def _source(name: object, folder: Path | None) -> str:
+    """Where an image is read from: its file inside `folder` (anywhere for None), or a data URI."""
     if isinstance(name, dict) and name.get("bytes") is None:
         name = name.get("path")
     if isinstance(name, str) and embedded_bytes(name) is not None:
         return name
-    return str(resolve_inside(folder, name))
+    if folder is None and isinstance(name, str):
+        return located(name, Path.cwd())
+    return str(resolve_inside(folder or Path.cwd(), name))
 
 
 def _to_columns(
-    row: dict, folder: Path, template: str, method: str, image_tokens: Iterable[str]
+    row: dict, folder: Path | None, template: str, method: str, image_tokens: Iterable[str]
 ) -> dict:
     names = _only(row, IMAGES, "images")
     names = [] if names is None else names if isinstance(names, list) else [names]

@@ -1,0 +1,232 @@
+"""`fastgrpo check --config x.yaml [--field value] [--json]`: what a run will do, before it does it.
+
+Nothing is trained, no weight is loaded, nothing is written. The exit status is 1 when something
+would stop the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fastgrpo.cli import doctor
+from fastgrpo.cli.checkpoints import newest_complete
+from fastgrpo.cli.config import FastGRPOConfig
+from fastgrpo.cli.data import load_data
+from fastgrpo.cli.estimate import Memory, estimate
+from fastgrpo.cli.processor import image_tokens, load_processor
+from fastgrpo.cli.settings import parse
+from fastgrpo.cli.train import build_rewards
+from fastgrpo.errors import InputError
+from fastgrpo.models.registry import family_of
+
+SAMPLED_ROWS, SHOWN_FAULTS = 32, 3
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `state` is "ok", "note" or "fault"."""
+
+    part: str
+    state: str
+    text: str
+
+
+class Stop(Exception):
+    """What follows cannot be looked at."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in arguments
+    findings = check([text for text in arguments if text != "--json"])
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        print("\n".join(f"{f.state:<6}{f.part:<12}{f.text}" for f in findings))
+    if any(finding.state == "fault" for finding in findings):
+        raise SystemExit(1)
+
+
+def check(arguments: list[str]) -> list[Finding]:
+    """Everything there is to say about a run with these arguments, in the order it would matter."""
+    findings: list[Finding] = []
+
+    def look(part: str, work: Callable[[], object]):
+        try:
+            result = work()
+        except InputError as error:
+            findings.append(Finding(part, "fault", str(error)))
+            raise Stop from error
+        return result
+
+    def say(part: str, lines: Iterator[tuple[str, str]]) -> None:
+        findings.extend(Finding(part, state, text) for state, text in lines)
+
+    verbosity = logging.getLogger("fastgrpo.data").level
+    logging.getLogger("fastgrpo.data").setLevel(logging.ERROR)  # said below, in full
+    try:
+        notes: list[str] = []
+        config, model_config = look("settings", lambda: parse(arguments, notes.append))
+        say("settings", (("note", text) for text in notes))
+        say("settings", iter([("ok", f"model {model_config.model_name_or_path}")]))
+        processor = look("model", lambda: load_processor(config, model_config))
+        hf_config = look("model", lambda: _hf_config(config, model_config))
+        say("model", _packing(hf_config))
+        say("batch", _batch(config))
+        train = look("data", lambda: _load(config, processor))
+        say("data", _data(train))
+        prompt_tokens, lines = look("prompts", lambda: _prompts(train, processor, config))
+        say("prompts", iter(lines))
+        say("rewards", look("rewards", lambda: list(_rewards(config, train))))
+        memory = look("memory", lambda: estimate(config, model_config, hf_config, prompt_tokens))
+        say("memory", _memory(memory))
+        say("output", _output(config, memory))
+        say("engine", _engine(config))
+    except Stop:
+        pass
+    finally:
+        logging.getLogger("fastgrpo.data").setLevel(verbosity)
+    return findings
+
+
+def _hf_config(config: FastGRPOConfig, model_config):
+    from transformers import AutoConfig
+
+    name = model_config.model_name_or_path
+    try:
+        return AutoConfig.from_pretrained(
+            name,
+            revision=model_config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model_name_or_path: no config in {name!r}: {reason}") from error
+
+
+def _packing(hf_config) -> Iterator[tuple[str, str]]:
+    try:
+        yield "ok", f"{family_of(hf_config).name}: prompts and images once per group"
+    except InputError as error:
+        yield "note", f"not packed: {error}"
+
+
+def _load(config: FastGRPOConfig, processor):
+    with tempfile.TemporaryDirectory() as folder:
+        train, _ = load_data(config, image_tokens(processor), Path(folder))
+        train.quarantined = list(train.quarantined)
+    return train
+
+
+def _data(train) -> Iterator[tuple[str, str]]:
+    yield "ok", f"{len(train)} rows, columns {', '.join(train.column_names)}"
+    for row in train.quarantined[:SHOWN_FAULTS]:
+        yield "note", f"{row.file}:{row.line} set aside, {row.reason}: {row.message}"
+    if len(train.quarantined) > SHOWN_FAULTS:
+        yield "note", f"{len(train.quarantined)} rows set aside in all"
+
+
+def _prompts(train, processor, config: FastGRPOConfig) -> tuple[int, list[tuple[str, str]]]:
+    """(the longest prompt met, what to say) from rows spread evenly over the data."""
+    step = max(1, len(train) // SAMPLED_ROWS)
+    rows = [train[index] for index in range(0, len(train), step)][:SAMPLED_ROWS]
+    lengths, sizes = [], []
+    for row in rows:
+        images, prompt = row.get("images") or [], row["prompt"]
+        if not isinstance(prompt, str):
+            prompt = processor.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=False
+            )
+        given = {"images": images} if images else {}
+        ids = processor(text=[prompt], **given)["input_ids"]
+        lengths.append(len(ids[0]))
+        sizes += [image.size for image in images]
+    lines = [("ok", f"{_span(lengths)} tokens a prompt, of {len(rows)} rows looked at")]
+    if sizes:
+        lines.append(("ok", f"images of {_span([w * h for w, h in sizes])} pixels"))
+    broken = [row["quarantine_reason"] for row in rows if row.get("quarantine_reason")]
+    if broken:
+        lines.append(("note", f"{len(broken)} of these rows hold an image that breaks"))
+    return max(lengths), lines
+
+
+def _span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high} (median {statistics.median(values):g})"
+
+
+def _rewards(config: FastGRPOConfig, train) -> Iterator[tuple[str, str]]:
+    names = set(train.column_names) | {"images", "image_path"}
+    for function in build_rewards(config):
+        needed = [name for name in getattr(function, "columns", ()) if name not in names]
+        label = getattr(function, "name", None) or getattr(function, "__name__", repr(function))
+        if needed:
+            yield "fault", f"{label} reads column {needed[0]!r}, which the data has not"
+        else:
+            yield "ok", label
+
+
+def _batch(config: FastGRPOConfig) -> Iterator[tuple[str, str]]:
+    per_device, processes = config.per_device_train_batch_size, config.world_size
+    micro, size = config.gradient_accumulation_steps, config.num_generations
+    completions = per_device * processes * micro
+    yield (
+        "ok",
+        f"{per_device} completions a device x {processes} process(es) x {micro} accumulated = "
+        f"{completions} completions, {completions / size:g} prompts x {size}, an optimizer step",
+    )
+    batch, steps = config.generation_batch_size, config.steps_per_generation
+    yield (
+        "ok",
+        f"{batch} completions of {batch // size} prompts are sampled at once, for {steps} "
+        f"micro-batches, and used {config.num_iterations} time(s)",
+    )
+
+
+def _memory(memory: Memory) -> Iterator[tuple[str, str]]:
+    share = ", ".join(f"{n} {b / GIB:.2g}" for n, b in memory.parts.items() if b)
+    enough = memory.total <= memory.available
+    yield (
+        "ok" if enough else "note",
+        f"about {memory.total / GIB:.2g} of {memory.available / GIB:.3g} GiB of {memory.device}: "
+        f"{share}; {memory.trainable / 1e6:.3g} of {memory.parameters / 1e6:.3g} million "
+        "parameters are trained" + ("" if enough else "; this will not fit on one device"),
+    )
+
+
+def _output(config: FastGRPOConfig, memory: Memory) -> Iterator[tuple[str, str]]:
+    output = Path(config.output_dir).absolute()
+    checkpoint, skipped = newest_complete(output)
+    for path, fault in skipped:
+        yield "note", f"{path} is incomplete and would be skipped: {fault}"
+    if config.resume and checkpoint is not None:
+        yield "note", f"continues from {checkpoint}"
+    else:
+        yield "ok", f"starts anew in {output}"
+    exists = next(folder for folder in (output, *output.parents) if folder.exists())
+    free = shutil.disk_usage(exists).free
+    needed = memory.parts["weights"] + memory.parts["optimizer"]
+    state = "ok" if needed < free else "fault"
+    yield state, f"{free / GIB:.3g} GiB free, a checkpoint takes about {needed / GIB:.2g}"
+
+
+def _engine(config: FastGRPOConfig) -> Iterator[tuple[str, str]]:
+    used = doctor.ops()
+    chosen = dict.fromkeys(entry["uses"] for entry in used.values())
+    for name in chosen:
+        ops = ", ".join(op for op, entry in used.items() if entry["uses"] == name)
+        yield "ok", f"{name}: {ops}"
+    attention = doctor.attention()
+    for name, reason in attention["others"].items():
+        if name == config.backend and reason:
+            yield "fault", f"backend: {name}: {reason}"
+    yield "ok", f"packed attention: {config.backend or attention['uses']}"

@@ -250,7 +250,7 @@ def test_rewards_are_found_by_name_or_by_module(job, monkeypatch):
             find_reward(name)
 
 
-@pytest.mark.parametrize("missing", ["data_file_paths", "image_folders", "model_name_or_path"])
+@pytest.mark.parametrize("missing", ["data_file_paths", "model_name_or_path"])
 def test_required_settings(job, tmp_path, missing):
     config = yaml.safe_load((job / "config.yaml").read_text())
     del config[missing]

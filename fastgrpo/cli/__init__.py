@@ -1,4 +1,4 @@
-"""The `fastgrpo` command: train, doctor, bench, report."""
+"""The `fastgrpo` command; each of its commands is a module here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import importlib
 import sys
 
 COMMANDS = {
+    "init": "write a folder with a commented config, two rows and a reward, ready to train",
+    "check": "what a run would do: data, memory, batch, rewards, before any weight is loaded",
     "train": "train a vision-language model with GRPO from a config file",
     "doctor": "what is installed, which implementation each op uses and why",
     "bench": "run the benchmarks of a source checkout",

@@ -23,7 +23,7 @@ from fastgrpo.cli.data import load_data
 from fastgrpo.cli.estimate import Memory, estimate
 from fastgrpo.cli.processor import image_tokens, load_processor
 from fastgrpo.cli.settings import parse
-from fastgrpo.cli.train import build_rewards
+from fastgrpo.cli.train import reward_settings
 from fastgrpo.errors import InputError
 from fastgrpo.models.registry import family_of
 
@@ -166,7 +166,7 @@ def _span(values: list[int]) -> str:
 
 def _rewards(config: FastGRPOConfig, train) -> Iterator[tuple[str, str]]:
     names = set(train.column_names) | {"images", "image_path"}
-    for function in build_rewards(config):
+    for function in reward_settings(config)["reward_funcs"]:
         needed = [name for name in getattr(function, "columns", ()) if name not in names]
         label = getattr(function, "name", None) or getattr(function, "__name__", repr(function))
         if needed:

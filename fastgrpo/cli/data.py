@@ -11,10 +11,13 @@ from fastgrpo.data import load_table, load_vlm_r1, split_validation
 from fastgrpo.data.conversation import IMAGE_TOKENS, QUESTION
 
 
-def load_data(config: FastGRPOConfig, tokens: Sequence[str] = IMAGE_TOKENS):
+def load_data(
+    config: FastGRPOConfig, tokens: Sequence[str] = IMAGE_TOKENS, folder: Path | None = None
+):
     """(train, validation) datasets; validation None unless a split or evaluation files are set.
 
-    `tokens`: the literal tokens of images, which a text must not hold.
+    `tokens`: the literal tokens of images, which a text must not hold. `folder`: where the rows
+    set aside are listed, by default the run's `output_dir`.
     """
     load = functools.partial(
         load_table if config.dataset_name is not None else load_vlm_r1,
@@ -23,11 +26,11 @@ def load_data(config: FastGRPOConfig, tokens: Sequence[str] = IMAGE_TOKENS):
         verify_images=config.verify_images,
     )
     if config.dataset_name is not None:
-        return _tables(config, load)
-    return _files(config, load)
+        return _tables(config, load, folder or Path(config.output_dir))
+    return _files(config, load, folder or Path(config.output_dir))
 
 
-def _tables(config: FastGRPOConfig, load):
+def _tables(config: FastGRPOConfig, load, output: Path):
     load = functools.partial(
         load,
         config.dataset_name,
@@ -35,7 +38,6 @@ def _tables(config: FastGRPOConfig, load):
         image_folder=config.image_folders,
         question_template=config.question_template or QUESTION,
     )
-    output = Path(config.output_dir)
     train = load(split=config.dataset_train_split, quarantine_file=output / "quarantine.jsonl")
     if config.dataset_test_split is None:
         return split_validation(train, config.val_split_ratio, config.seed)
@@ -43,11 +45,10 @@ def _tables(config: FastGRPOConfig, load):
     return train, load(split=config.dataset_test_split, quarantine_file=file)
 
 
-def _files(config: FastGRPOConfig, load):
+def _files(config: FastGRPOConfig, load, output: Path):
     load = functools.partial(
         load, task_type=config.task_type, question_template=config.question_template
     )
-    output = Path(config.output_dir)
     train = load(
         config.data_file_paths,
         config.image_folders,

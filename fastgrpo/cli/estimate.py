@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import re2
 import torch
 from torch import nn
 from trl import ModelConfig
@@ -56,12 +57,14 @@ def estimate(
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layers, width, inner = text.num_hidden_layers, text.hidden_size, text.intermediate_size
     checkpointed = config.gradient_checkpointing
-    per_token = width * (layers + 8) + 4 * inner if checkpointed else layers * (
-        12 * width + 4 * inner
+    per_token = (
+        width * (layers + 8) + 4 * inner if checkpointed else layers * (12 * width + 4 * inner)
     )
     has_reference = config.beta != 0 and not model_config.use_peft
-    rollout = tokens if config.packed_rollout else rows * (
-        prompt_tokens + config.max_completion_length
+    rollout = (
+        tokens
+        if config.packed_rollout is not False
+        else rows * (prompt_tokens + config.max_completion_length)
     )
     parts = {
         "weights": parameters * size,
@@ -94,13 +97,21 @@ def _trainable(model: nn.Module, config: FastGRPOConfig, model_config: ModelConf
     if not model_config.use_peft:
         return sum(p.numel() for name, p in model.named_parameters() if counts(name))
     head = model.get_output_embeddings()
-    wanted = model_config.lora_target_modules or "all-linear"
     return sum(
         model_config.lora_r * (module.in_features + module.out_features)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and counts(name)
-        and (wanted == "all-linear" or name.rpartition(".")[2] in wanted)
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and counts(name)
+        and _is_target(name, model_config.lora_target_modules or "all-linear")
     )
+
+
+def _is_target(name: str, targets: str | list[str]) -> bool:
+    """Whether PEFT puts an adapter there: a text is a pattern of whole names, a list their ends."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re2.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _device(config: FastGRPOConfig) -> tuple[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -59,14 +60,14 @@ def build_trainer(config: FastGRPOConfig, model_config: ModelConfig) -> FastGRPO
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
         fast=options,
-        **_reward_settings(config),
+        **reward_settings(config),
     )
     if config.freeze_vision:
         _vision_tower(trainer.model).requires_grad_(False)
     return trainer
 
 
-def _reward_settings(config: FastGRPOConfig) -> dict:
+def reward_settings(config: FastGRPOConfig) -> dict:
     """The trainer's rewards: those named, or a recipe's with its rules."""
     if config.recipe is None:
         functions = [find_reward(name, config.reward_compat) for name in config.reward_funcs]
@@ -86,19 +87,31 @@ def _reward_settings(config: FastGRPOConfig) -> dict:
 
 
 def find_reward(name: str, compat: str = "fixed") -> Callable:
-    """A reward function by its registered name, or from `package.module:function`."""
+    """A reward function by its registered name, or from `package.module:function` or
+    `path/to/file.py:function`.
+    """
     if ":" not in name:
         return rewards.get(name, compat=compat)
-    module_name, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    module_name, _, attribute = name.rpartition(":")
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+        function = getattr(_module(module_name), attribute)
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise InputError(f"reward_funcs: {name!r} cannot be imported: {error}") from error
     if not callable(function):
         raise InputError(f"reward_funcs: {name!r} is not a function")
     return function
+
+
+def _module(name: str):
+    if name.endswith(".py"):
+        path = Path(name).resolve()
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return importlib.import_module(name)
 
 
 def _vision_tower(model):

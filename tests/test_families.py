@@ -124,3 +124,29 @@ def test_a_completion_changes_no_other(family):
     for g, (old, new) in enumerate(zip(before, after, strict=True)):
         for c, (a, b) in enumerate(zip(old.logp, new.logp, strict=True)):
             assert torch.equal(a, b) != ((g, c) == (0, 1))
+
+
+@pytest.mark.parametrize("family", tm.FAMILIES)
+def test_greedy_rollout_equals_model_generate(family):
+    """Prompts with two images, without, and of one token; the log-probs are those `score` gives."""
+    model = tm.tiny_model(family)
+    specs = [([(4, 4), (6, 4)], 6, []), ([], 5, []), ([], 1, [])]
+    groups = tm.synthetic_groups(model, specs)
+    for group in groups:
+        group.advantages = None
+    settings = dict(max_new_tokens=6, eos_token_id=3)
+    filled = fg.generate(model, groups, 2, temperature=0.0, **settings)
+    for group, scored in zip(filled, fg.score(model, filled), strict=True):
+        empty = group.prompt_ids[:0]
+        out = model.generate(
+            **tm.forward_inputs(model, group, empty),
+            do_sample=False,
+            pad_token_id=0,
+            suppress_tokens=list(models.Adapter(model).placeholders) or None,
+            **settings,
+        )[0, group.prompt_ids.numel() :]
+        for ids, sampled, logp in zip(
+            group.completions, group.rollout_logp, scored.logp, strict=True
+        ):
+            assert ids.tolist() == out.tolist()
+            torch.testing.assert_close(sampled, logp, rtol=0, atol=2e-5)

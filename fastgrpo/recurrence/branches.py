@@ -158,6 +158,23 @@ def delta_rule(rule, inputs: Sequence[Tensor], layout, **options) -> Tensor:
     return out.index_select(0, order)[None]
 
 
+def prompt_states(rule, inputs: Sequence[Tensor], layout, **options) -> tuple[Tensor, Tensor]:
+    """Outputs as `delta_rule` and (P, H, K, V) final states of a row that holds prompts alone."""
+    prompts, _, _, order = branches(layout, inputs[0].device).fork()
+    out, state = prompts.run(rule, inputs, None, True, **options)
+    return out.index_select(0, order)[None], state
+
+
+def last_inputs(mixed: Tensor, width: int, layout) -> Tensor:
+    """(P, C, W - 1) what the convolution of a token after each prompt still sees of it."""
+    segments = branches(layout, mixed.device).segments
+    start, end = segments[:, 0], segments[:, 1]
+    tail = end[:, None] + np.arange(1 - width, 0)
+    tail = np.where(tail < start[:, None], layout.total, tail)
+    table = torch.from_numpy(tail).to(mixed.device)
+    return _with_zero_row(mixed[0].T)[table].transpose(1, 2)
+
+
 def has_kernel(function: Callable) -> bool:
     """Whether transformers' seam runs a library's kernel, not its own PyTorch fallback."""
     call = function.forward if isinstance(function, nn.Module) else function

@@ -20,6 +20,7 @@ from torch import nn
 from fastgrpo.recurrence.branches import convolve, delta_rule
 
 CONVOLUTION, RULE = "causal_conv1d_fn", "torch_chunk_gated_delta_rule"
+STEP = "torch_recurrent_gated_delta_rule"  # the same rule, made for a token at a time
 
 LIBRARIES = {CONVOLUTION: "causal_conv1d", RULE: "fla"}  # whose kernels transformers takes
 
@@ -38,7 +39,7 @@ def install(mixers: Sequence[nn.Module]) -> None:
             if function is None:
                 raise RecurrenceError(f"{module.__name__} has no {name}: another transformers?")
             if not hasattr(function, "fastgrpo_original"):
-                wrapped = wrap(function)
+                wrapped = wrap(function, module)
                 wrapped.fastgrpo_original = function
                 setattr(module, name, wrapped)
 
@@ -87,7 +88,7 @@ def _count(name: str) -> None:
         calls[name] += 1
 
 
-def _convolution(original):
+def _convolution(original, module):
     @functools.wraps(original)
     def causal_conv1d_fn(
         hidden_states, weight, bias=None, activation=None, fg_layout=None, **kwargs
@@ -95,25 +96,24 @@ def _convolution(original):
         if fg_layout is None:
             return original(hidden_states, weight, bias, activation=activation, **kwargs)
         _count(CONVOLUTION)
-        serve = getattr(fg_layout, "convolve", None) or functools.partial(
-            convolve, layout=fg_layout
-        )
-        return serve(original, hidden_states, weight, bias, activation)
+        given = (original, hidden_states, weight, bias, activation)
+        if hasattr(fg_layout, "convolve"):  # a rollout's state
+            return fg_layout.convolve(*given)
+        return convolve(*given, fg_layout)
 
     return causal_conv1d_fn
 
 
-def _rule(original):
+def _rule(original, module):
     @functools.wraps(original)
     def torch_chunk_gated_delta_rule(query, key, value, g, beta, fg_layout=None, **kwargs):
         if fg_layout is None:
             return original(query, key, value, g=g, beta=beta, **kwargs)
         _count(RULE)
-        serve = getattr(fg_layout, "delta_rule", None) or functools.partial(
-            delta_rule, layout=fg_layout
-        )
-        normalised = kwargs.get("use_qk_l2norm_in_kernel", False)
+        options = {"use_qk_l2norm_in_kernel": kwargs.get("use_qk_l2norm_in_kernel", False)}
         inputs = (query, key, value, g, beta)
-        return serve(original, inputs, use_qk_l2norm_in_kernel=normalised), None
+        if hasattr(fg_layout, "delta_rule"):  # a rollout's state
+            return fg_layout.delta_rule(original, getattr(module, STEP), inputs, **options), None
+        return delta_rule(original, inputs, fg_layout, **options), None
 
     return torch_chunk_gated_delta_rule

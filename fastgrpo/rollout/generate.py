@@ -108,6 +108,7 @@ def _check_call(groups: Sequence[Group], num_generations: int, max_new_tokens: i
 def _prefill(adapter, groups, num_generations, steps, max_tokens, backend):
     """The decode state after all prompts, (B, V) logits of the first token, (B,) its position."""
     prefixes: list = [None] * len(groups)
+    states: list = [None] * len(groups)
     logits: list = [None] * len(groups)
     position = torch.empty(len(groups), dtype=torch.int64)
     recorders: list[Prefill] = []
@@ -118,13 +119,15 @@ def _prefill(adapter, groups, num_generations, steps, max_tokens, backend):
 
     for row, members, last in prompt_passes(adapter, groups, max_tokens, backend, observe=record):
         sizes = [groups[i].prompt_ids.numel() for i in members]
-        layers = [(k.split(sizes), v.split(sizes)) for k, v in recorders.pop().layers]
+        recorded = recorders.pop()
+        layers = [(k.split(sizes), v.split(sizes)) for k, v in recorded.layers]
         where = row.inputs["position_ids"].reshape(-1, row.layout.total).split(sizes, 1)
         for n, i in enumerate(members):
             prefixes[i] = [(k[n], v[n]) for k, v in layers]
+            states[i] = recorded.states_of(n)
             logits[i] = last[n]
             position[i] = where[n].max() + 1
-    state = DecodeState(prefixes, num_generations, steps)
+    state = DecodeState(prefixes, states, num_generations, steps)
     rows = torch.stack(logits).repeat_interleave(num_generations, 0)
     return state, rows, position.repeat_interleave(num_generations).to(adapter.device)
 

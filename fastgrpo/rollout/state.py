@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from fastgrpo.attention.registry import get_backend
+from fastgrpo.rollout.recurrent import ForksStates, RecordsStates, States
 
 
-class Prefill:
-    """Stands in for a GroupLayout of prompts alone and keeps every layer's keys and values."""
+class Prefill(RecordsStates):
+    """Stands in for a GroupLayout of prompts alone and keeps every layer's keys and values, and
+    the final states of recurrent layers."""
 
     def __init__(self, layout):
+        super().__init__()
         self.layout, self.total = layout, layout.total
         self.layers: list[tuple[Tensor, Tensor]] = []
 
@@ -26,15 +29,22 @@ class Prefill:
         return attend(query, key, value, self.layout, scale=scale, window=window)
 
 
-class DecodeState:
+class DecodeState(ForksStates):
     """One step of all rows: a packed row of B tokens, each the next of its own completion.
 
-    `prefixes` holds, prompt after prompt, each layer's (P_i, K, D) keys and values. Every step
-    reads a prompt's keys once for its G rows. Steps have the same shapes but for the number of
-    tokens decoded so far.
+    `prefixes` holds, prompt after prompt, each layer's (P_i, K, D) keys and values, `states` what
+    its recurrent layers left. Every step reads a prompt's keys once for its G rows. Steps have the
+    same shapes but for the number of tokens decoded so far.
     """
 
-    def __init__(self, prefixes: list[list[tuple[Tensor, Tensor]]], group_size: int, steps: int):
+    def __init__(
+        self,
+        prefixes: list[list[tuple[Tensor, Tensor]]],
+        states: list[States],
+        group_size: int,
+        steps: int,
+    ):
+        super().__init__(states, group_size)
         lengths = torch.tensor([layers[0][0].shape[0] for layers in prefixes])
         self.group_size, self.total = group_size, len(prefixes) * group_size
         self.steps_done, self.calls = 0, 0

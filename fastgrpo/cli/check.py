@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fastgrpo.checkpoints import newest_complete
 from fastgrpo.cli import doctor
-from fastgrpo.cli.checkpoints import newest_complete
 from fastgrpo.cli.config import FastGRPOConfig
 from fastgrpo.cli.data import load_data
 from fastgrpo.cli.estimate import Memory, estimate

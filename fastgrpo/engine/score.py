@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastgrpo.engine.balance import RouterBalance
 from fastgrpo.engine.forward import extra_forwards, feature_store, forward_row
 from fastgrpo.engine.self_check import self_check as run_self_check
 from fastgrpo.errors import InputError
@@ -38,6 +40,7 @@ def score(
     self_check: bool = True,
     placeholders: str = "refuse",
     entropy_grad: bool = True,
+    balance: RouterBalance | None = None,
 ) -> list[GroupScores]:
     """Log-probs of every completion under `model`, each prompt and its images encoded once.
 
@@ -53,6 +56,7 @@ def score(
     `placeholders`: what to do with an image placeholder inside a completion: "refuse" raises,
     "neutralize" feeds another token in its place and leaves it out of the loss (logp 0).
     `entropy_grad`: False makes `.entropy` a constant, which saves its part of backward.
+    `balance`: collects what a mixture of experts routes, for its load-balancing loss.
 
     Raises `InputError` naming the sample, or the reason why the model is not served.
     """
@@ -67,7 +71,8 @@ def score(
     ]
     store = feature_store(rows, detach=False)
     for row in rows:
-        columns = score_row(adapter, row, temperature, outputs, store, entropy_grad)
+        with balance.watching(row.layout) if balance else contextlib.nullcontext():
+            columns = score_row(adapter, row, temperature, outputs, store, entropy_grad)
         for column, field in zip(columns, ("logp", "entropy"), strict=False):
             for (g, c), value in zip(row.members, column.split(row.lengths), strict=True):
                 getattr(results[g], field)[c] = value

@@ -146,6 +146,10 @@ class Family:
         """The recurrent layers, which follow a row's layout through `fastgrpo.recurrence`."""
         return []
 
+    def routers(self, core: nn.Module) -> list[nn.Module]:
+        """The routers of a mixture of experts, which return their logits first."""
+        return []
+
     # -- a model of this family small enough for tests
 
     def tiny_config(self, text: dict, vision: dict, ids: dict[str, int], **top):

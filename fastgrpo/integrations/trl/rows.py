@@ -28,6 +28,7 @@ class Rows:
     completions: list[Tensor]
     vision: list[dict[str, Tensor]]
     num_columns: int  # C
+    device: torch.device  # of the batch; ids are on the host
 
 
 def read_rows(

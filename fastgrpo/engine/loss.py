@@ -49,7 +49,7 @@ class RowLoss:
 
     @property
     def vanishes_with_advantage(self) -> bool:
-        """Whether a sequence of advantage 0 has a gradient of exactly 0, whatever the model says."""
+        """Whether a sequence of advantage 0 has a gradient of 0, whatever the model says."""
         obj = self.obj
         adds = obj.beta != 0.0 or obj.entropy_coef != 0.0
         adds = adds or bool(self.kl_streams) or self.sampled_entropy_coef != 0.0

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastgrpo.engine.loss import OPTIONAL as LOSS_FIELDS
 from fastgrpo.engine.loss import RowLoss, StepLoss, loss_of_groups
 from fastgrpo.engine.self_check import SelfCheckError
 from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl.batches import loss_mask
 from fastgrpo.integrations.trl.perception import PERTURBED, TOKEN_WEIGHTS, perception_terms
 from fastgrpo.integrations.trl.rows import (
+    IMAGE_FIELDS,
     LossTables,
     anchor_row,
     read_rows,
@@ -52,7 +54,9 @@ class LossMixin:
         own = self._own_loss_because()
         theirs = next((name for name in LOSS_METHODS if self._changed(name)), None)
         if own is None:
-            self._per_token = theirs is not None or self.top_entropy_quantile < 1.0
+            self._per_token = (
+                theirs is not None or self.top_entropy_quantile < 1.0 or not self._expressible()
+            )
             return
         if theirs is not None:
             raise InputError(
@@ -65,6 +69,14 @@ class LossMixin:
             raise InputError(f"top_entropy_quantile: over several processes not with {own}")
         self._per_token = False
         self._objective(0.0)  # refuses what it cannot express
+
+    def _expressible(self) -> bool:
+        """Whether TRL's settings are an `Objective`: TRL ignores a `delta` that does not apply."""
+        try:
+            self._objective(0.0)
+        except InputError:
+            return False
+        return True
 
     def _own_loss_because(self) -> str | None:
         """What makes the loss another than TRL's own, if anything."""
@@ -85,39 +97,43 @@ class LossMixin:
         reason = self._unserved(inputs)
         if reason is not None:
             raise InputError(reason)
-        advantages = inputs["advantages"].view(len(inputs["advantages"]), -1)
         if self._per_token:
             self._weightless = None
-            if self._advantages_are_the_only_weights():
-                self._weightless = (advantages == 0).all(1).tolist()
+            if self._advantages_are_the_only_weights(inputs):
+                advantages = inputs["advantages"]
+                self._weightless = (advantages.view(len(advantages), -1) == 0).all(1).tolist()
             try:
                 return super()._compute_loss(model, inputs)
             finally:
                 self._weightless = None
         return self._fused_loss(model, inputs)
 
-    def _advantages_are_the_only_weights(self) -> bool:
-        """Whether rows of advantage 0 may be scored without gradient: the loss adds nothing else."""
+    def _advantages_are_the_only_weights(self, inputs: dict) -> bool:
+        """Whether rows of advantage 0 may be scored without gradient: nothing else gives one."""
         return (
             self.fast.skip_zero_gradient
             and self.accelerator.num_processes == 1  # a forward with gradient is a collective
             and not self._changed("_compute_loss")
-            and self._row_loss({}).vanishes_with_advantage
+            and self._row_loss(inputs).vanishes_with_advantage
         )
 
     def _fused_loss(self, model, inputs) -> Tensor:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-        vision = {
-            name: inputs.get(name)
-            for name in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
-        }
-        rows = read_rows(ids, attention_mask, inputs["completion_ids"].shape[1], **vision)
-        tables = LossTables(inputs, loss_mask(inputs), self._optional_columns(inputs))
+        rows = read_rows(
+            ids,
+            attention_mask,
+            inputs["completion_ids"].shape[1],
+            Adapter(model).family,
+            {name: inputs.get(name) for name in IMAGE_FIELDS},
+            num_images=inputs.get("num_images"),
+            mm_token_type_ids=inputs.get("mm_token_type_ids"),
+        )
+        tables = LossTables(inputs["advantages"], loss_mask(inputs), self._optional_columns(inputs))
         totals = self._denominators(inputs, tables)
         loss = self._row_loss(inputs, self._entropy_coef(totals, tables))
         members, idle = scorable(rows), []
-        if torch.is_grad_enabled() and self._advantages_are_the_only_weights():
+        if torch.is_grad_enabled() and self._advantages_are_the_only_weights(inputs):
             idle = without_gradient(rows, members, tables.weightless())
         live, idle = anchor_row(rows, members, idle, needed=self._anchored())
         step = self._loss_of(loss, model, tables.groups(rows, live), totals)
@@ -193,7 +209,8 @@ class LossMixin:
         )
         values = vars(self.args) | {name: getattr(self, name) for name in held}
         values |= {"epsilon": self.epsilon_low, "entropy_coef": entropy_coef}
-        return Objective.from_trl(types.SimpleNamespace(**values, use_adaptive_entropy=False))
+        values["use_adaptive_entropy"] = False  # the coefficient is that of this step
+        return Objective.from_trl(types.SimpleNamespace(**values))
 
     def _optional_columns(self, inputs: dict) -> dict[str, Tensor]:
         """(B, C) tables of the batch by the names of `Group`'s fields and streams."""
@@ -278,13 +295,21 @@ class LossMixin:
         self, loss: RowLoss, tables: LossTables, rows: list[int], totals: dict
     ) -> GRPOLoss:
         """The part of rows without a token: sequences that metrics of sequences count."""
-        batch = loss.inputs(*tables.without_tokens(rows, self.accelerator.device))
         empty = torch.zeros(0, device=self.accelerator.device)
         return grpo_loss(
-            empty, batch.pop("advantages"), loss.obj, entropy=empty, **(batch | totals)
+            empty,
+            torch.zeros(len(rows), device=self.accelerator.device),
+            loss.obj,
+            seq_ids=empty.long(),
+            entropy=empty,
+            kl_terms=[stream.term(empty) for stream in loss.kl_streams.values()],
+            **dict.fromkeys((n for n in tables.columns if n in LOSS_FIELDS), empty),
+            **totals,
         )
 
-    def _constant(self, loss, rows, tables: LossTables, inputs: dict, totals: dict) -> Tensor | float:
+    def _constant(
+        self, loss, rows, tables: LossTables, inputs: dict, totals: dict
+    ) -> Tensor | float:
         """PAPO's entropy under the perturbed image: it moves the loss, not the gradient."""
         if PERTURBED not in inputs:
             return 0.0

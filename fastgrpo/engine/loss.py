@@ -125,9 +125,8 @@ class RowLoss:
         terms = []
         for stream, term in zip(self.kl_streams.values(), batch["kl_terms"], strict=True):
             if stream.token_share is not None:
-                kl = token_kl(
-                    logp, term.other_logp, term.estimator, term.log_ratio_clamp, _SHARE_CLAMP
-                )
+                clamps = {"log_ratio_clamp": term.log_ratio_clamp, "value_clamp": _SHARE_CLAMP}
+                kl = token_kl(logp, term.other_logp, term.estimator, **clamps)
                 chosen = quantile_mask(kl, batch["seq_ids"], stream.token_share, batch["mask"])
                 term = dataclasses.replace(term, mask=chosen)
             terms.append(term)

@@ -143,8 +143,9 @@ class LossMixin:
         logps = scatter([s.logp[0] for s in scores], scored, rows)
         entropies = scatter([s.entropy[0] for s in scores], scored, rows)
         if self.fast.self_check and id(model) not in self._checked_models:
-            types_ = inputs.get("mm_token_type_ids")
-            self._self_check(model, rows, members, logps, ids, attention_mask, types_)
+            given = {"input_ids": ids, "attention_mask": attention_mask}
+            given["mm_token_type_ids"] = inputs.get("mm_token_type_ids")
+            self._self_check(model, rows, members, logps, given, loss_mask(inputs))
         if self._own_loss_because() is None:
             self._log_as_trl(model, inputs, (logps, entropies), step.loss)
             return step.loss
@@ -254,7 +255,11 @@ class LossMixin:
 
     def _log_as_trl(self, model, inputs, values: tuple[Tensor, Tensor], loss: Tensor) -> None:
         """TRL's own loss on the values just made: its metrics, its entropy controller."""
-        self._given = values
+        logps, entropies = values
+        known = inputs.get("old_per_token_logps", inputs.get("ref_per_token_logps"))
+        if known is not None:  # ratios of tokens that do not count must not overflow
+            logps = torch.where(loss_mask(inputs).bool(), logps, known)
+        self._given = logps, entropies
         try:
             with torch.no_grad():
                 expected = super()._compute_loss(model, inputs)

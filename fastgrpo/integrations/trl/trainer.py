@@ -155,9 +155,10 @@ class _FastMixin(
         if compute_entropy:
             entropies = scatter([s.entropy[0] for s in scores], live + idle, rows)
         if self.fast.self_check and id(model) not in self._checked_models:
-            self._self_check(
-                model, rows, members, logps, input_ids, attention_mask, mm_token_type_ids
-            )
+            given = {"input_ids": input_ids, "attention_mask": attention_mask}
+            given["mm_token_type_ids"] = mm_token_type_ids
+            counted = attention_mask[:, -logits_to_keep:]
+            self._self_check(model, rows, members, logps, given, counted)
         return logps, entropies, None
 
     def _unserved(self, batch: dict) -> str | None:
@@ -194,8 +195,10 @@ class _FastMixin(
                 placeholders="neutralize",
             )
 
-    def _self_check(self, model, rows, members, logps, input_ids, attention_mask, types) -> None:
-        clean = [row for row in members if not self._is_placeholder(rows.completions[row]).any()]
+    def _self_check(self, model, rows, members, logps, inputs: dict, counted: Tensor) -> None:
+        ids = [rows.completions[row] for row in members]
+        clean = [r for r, c in zip(members, ids, strict=True) if not self._is_placeholder(c).any()]
+        clean = [row for row in clean if counted[row].any()]
         if not clean:
             return
         dtype = next(model.parameters()).dtype
@@ -206,7 +209,8 @@ class _FastMixin(
             rows,
             clean,
             logps,
-            dict(input_ids=input_ids, attention_mask=attention_mask, mm_token_type_ids=types),
+            inputs,
+            counted.bool(),
             half_precision=dtype.itemsize < 4 or self.accelerator.mixed_precision != "no",
         )
         self._checked_models.add(id(model))

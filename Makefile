@@ -7,7 +7,7 @@ CONSTRAINTS := requirements/constraints.txt
 OLDEST := 5.17.0
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo test test-matrix test-slow test-gpu sanitize bench recipes lint clean
+.PHONY: env demo test test-matrix test-slow test-gpu gpu sanitize bench recipes lint clean
 
 env: $(VENV)/.ready
 
@@ -58,6 +58,10 @@ test-slow: env
 
 test-gpu: env
 	$(BIN)/python -m pytest -q -m gpu
+
+# Tests, sanitizer, benchmarks and the table of goals, on a GPU: see docs/gpu.md.
+gpu: env
+	PYTHON="$(abspath $(BIN))/python" bench/gpu.sh
 
 # memcheck and racecheck of every kernel on tiny inputs; needs a CUDA device.
 sanitize: env

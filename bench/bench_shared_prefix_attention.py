@@ -15,11 +15,13 @@ from fastgrpo.attention.registry import BACKENDS, get_backend
 from fastgrpo.packing.layout import GroupLayout
 from fastgrpo.testing import relative_error
 
-HEADS = (28, 4, 128)  # Qwen2.5-VL-7B
+HEADS_3B, HEADS_7B = (16, 2, 128), (28, 4, 128)  # of Qwen2.5-VL
 CPU_SHAPES = {"P=96 G=4 C=32 H=4 K=2 D=32": (96, 4, 32, (4, 2, 32))}
 CUDA_SHAPES = {
-    "7B P=1000 G=8 C=256": (1000, 8, 256, HEADS),
-    "7B P=3000 G=16 C=1024": (3000, 16, 1024, HEADS),
+    "3B P=1000 G=8 C=256": (1000, 8, 256, HEADS_3B),
+    "7B P=1000 G=8 C=256": (1000, 8, 256, HEADS_7B),
+    "3B P=300 G=8 C=1024": (300, 8, 1024, HEADS_3B),
+    "7B P=3000 G=16 C=1024": (3000, 16, 1024, HEADS_7B),
 }
 SMALL = {"small P=17 G=2 C=5 H=2 K=1 D=16": (17, 2, 5, (2, 1, 16))}
 MASK_LIMIT = 8192  # rows above which a (T, T) mask per head does not fit

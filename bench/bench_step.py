@@ -16,22 +16,27 @@ import torch
 import fastgrpo as fg
 from fastgrpo.testing import models as tm
 
-SHAPES = {  # hidden, layers, vocabulary, image patches (h, w), text tokens, G, completion lengths
-    "full": (256, 6, 8192, (40, 48), 40, 8, (64, 96)),
-    "small": (128, 2, 256, (16, 8), 5, 4, (3, 8)),
+# hidden size, heads (text, keys, vision), layers, vocabulary, patches, text tokens, G, lengths
+SHAPES = {
+    "full": (256, (8, 4, 4), 6, 8192, (40, 48), 40, 8, (64, 96)),
+    # the width of Qwen2.5-VL-3B, a quarter of its layers
+    "cuda": (2048, (16, 2, 16), 9, 151936, (40, 40), 600, 8, (128, 256)),
+    "small": (128, (4, 2, 4), 2, 256, (16, 8), 5, 4, (3, 8)),
 }
 
 
-def build(shape: str) -> tuple[torch.nn.Module, fg.Group]:
-    hidden, layers, vocabulary, image, text, count, (low, high) = SHAPES[shape]
+def build(shape: str, device: str) -> tuple[torch.nn.Module, fg.Group]:
+    """The model and one group on `device`: bfloat16 on a GPU, float32 elsewhere."""
+    hidden, heads, layers, vocabulary, image, text, count, (low, high) = SHAPES[shape]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = tm.tiny_model(
         "qwen2_5_vl",
         text=dict(
             hidden_size=hidden,
             intermediate_size=hidden * 11 // 4,
             num_hidden_layers=layers,
-            num_attention_heads=hidden // 32,
-            num_key_value_heads=hidden // 64,
+            num_attention_heads=heads[0],
+            num_key_value_heads=heads[1],
             vocab_size=vocabulary,
         ),
         # the tower's width, windows and full-attention share are those of Qwen2.5-VL-3B
@@ -39,7 +44,7 @@ def build(shape: str) -> tuple[torch.nn.Module, fg.Group]:
             depth=4,
             hidden_size=hidden * 5 // 8,
             intermediate_size=hidden * 7 // 4 // 8 * 8,
-            num_heads=4,
+            num_heads=heads[2],
             patch_size=14,
             window_size=112,
             fullatt_block_indexes=[3],
@@ -47,8 +52,13 @@ def build(shape: str) -> tuple[torch.nn.Module, fg.Group]:
     ).train()
     generator = torch.Generator().manual_seed(0)
     lengths = torch.linspace(low, high, count).long().tolist()
-    group = tm.synthetic_group(model, [image], text, lengths, generator=generator)
-    return model, group
+    options = {"generator": generator, "dtype": dtype}
+    group = tm.synthetic_group(model, [image], text, lengths, **options)
+    model.to(device, dtype)
+    tensors = {name: x.to(device) for name, x in group.vision.items()}
+    return model, fg.Group(
+        group.prompt_ids.to(device), [x.to(device) for x in group.completions], tensors
+    )
 
 
 def fastgrpo_logp(model, group: fg.Group) -> torch.Tensor:
@@ -60,8 +70,8 @@ def trl_logp(model, group: fg.Group) -> torch.Tensor:
     from trl import GRPOTrainer
 
     count, longest = len(group.completions), max(group.lengths)
-    completions = torch.zeros(count, longest, dtype=torch.int64)
-    mask = torch.zeros(count, longest, dtype=torch.int64)
+    completions = group.prompt_ids.new_zeros(count, longest)
+    mask = torch.zeros_like(completions)
     for i, completion in enumerate(group.completions):
         completions[i, : len(completion)] = completion
         mask[i, : len(completion)] = 1
@@ -105,13 +115,13 @@ def saved_mib(run, model) -> float:
 def rows(args: argparse.Namespace) -> list[common.Row]:
     from trl.trainer.utils import add_fused_lm_head
 
-    shape = "small" if args.small else "full"
-    model, group = build(shape)
-    stock, _ = build(shape)
+    shape = "small" if args.small else "cuda" if args.device == "cuda" else "full"
+    model, group = build(shape, args.device)
+    stock, _ = build(shape, args.device)
     stock.load_state_dict(model.state_dict())
     add_fused_lm_head(stock)
     variants = {"fastgrpo": (model, fastgrpo_logp), "TRL": (stock, trl_logp)}
-    weights = torch.linspace(-1, 1, sum(group.lengths))
+    weights = torch.linspace(-1, 1, sum(group.lengths), device=args.device)
 
     def step(name: str) -> None:
         owner, logp = variants[name]
@@ -121,7 +131,8 @@ def rows(args: argparse.Namespace) -> list[common.Row]:
     facts = {name: _facts(*variants[name], group, step, name) for name in variants}
     reference = facts["TRL"].pop("grads")
     error = tm.grad_error(facts["fastgrpo"].pop("grads"), reference)[0]
-    ms = common.median_ms({name: lambda name=name: step(name) for name in variants}, args.device)
+    runs = {name: lambda name=name: step(name) for name in variants}
+    ms = common.median_ms(runs, args.device, args.repeats)
     facts["fastgrpo"]["TRL time / ours"] = ms["TRL"] / ms["fastgrpo"]
     facts["fastgrpo"]["TRL saved / ours"] = (
         facts["TRL"]["saved MiB"] / facts["fastgrpo"]["saved MiB"]
@@ -135,6 +146,7 @@ def rows(args: argparse.Namespace) -> list[common.Row]:
             name,
             ms[name],
             error=error if name == "fastgrpo" else None,
+            peak_mib=common.peak_mib(runs[name], args.device),
             note="forward + backward of the log-probs, every parameter trained",
             extra=facts[name],
         )

@@ -207,12 +207,13 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def arguments(**extra: dict) -> argparse.Namespace:
-    """--device, --repeats, --small, --save and flags of `extra` (name -> its kwargs)."""
+    """--device, --repeats, --small, --save, --results and flags of `extra` (name -> its kwargs)."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="tiny shapes: does it run")
-    parser.add_argument("--save", action="store_true", help="write bench/results")
+    parser.add_argument("--save", action="store_true", help="write the result file")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     for name, kwargs in extra.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **kwargs)
     return parser.parse_args()
@@ -224,7 +225,7 @@ def main(rows: Callable[[argparse.Namespace], list[Row]], **extra: dict) -> None
     result = rows(args)
     print(table(result))
     if args.save:
-        print(save(result, args.device))
+        print(save(result, args.device, args.results))
 
 
 def measure(benchmark, run: Callable[[], object], **info: object) -> None:

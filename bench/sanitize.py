@@ -21,10 +21,11 @@ def _leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def shared_prefix() -> None:
     segments = torch.tensor(GroupLayout([(131, [1, 0, 70]), (5, [129])]).segments)
-    tables = prefix_tables(segments)
+    tables = prefix_tables(segments, heads=(30, 1), processors=132)  # keys cut into parts
+    assert tables.slots
     half = torch.bfloat16 if tables.positions.is_cuda else torch.float32
     total = len(tables.positions)
-    for head_dim in (64, 80, 128, 256):
+    for head_dim in (8, 64, 80, 128, 256):
         for options in ({}, {"window": 33, "softcap": 20.0}):
             q, k, v = (_leaf(total, heads, head_dim, dtype=half) for heads in (2, 1, 1))
             shared_prefix_attention(q, k, v, tables, **options).sum().backward()
@@ -37,16 +38,25 @@ def rows() -> None:
 
 
 def projection() -> None:
-    hidden, weight = _leaf(67, 48), _leaf(1031, 48)
-    targets = torch.arange(67) % 1031
+    """bfloat16 goes over its float32 logits in place; the second vocabulary is of whole tiles."""
+    targets = torch.arange(67)
     seq_ids = torch.arange(67) // 23
-    obj = fg.Objective(loss_type="dapo", beta=0.04)
     advantages = torch.tensor([1.0, -1.0, 0.5])
-    out = fg.linear_logprob(hidden, weight, targets, outputs=("logp", "entropy"))
-    (out.logp.sum() + out.entropy.sum()).backward()
-    options = {"seq_ids": seq_ids, "ref_logp": out.logp.detach() + 0.1}
-    fg.linear_grpo_loss(hidden, weight, targets, advantages, obj, **options).loss.backward()
-    fg.linear_kl(hidden, weight, hidden.detach() + 0.1, weight.detach()).sum().backward()
+    objectives = (
+        (fg.Objective(loss_type="dapo", beta=0.04), {}),
+        (fg.Objective(loss_type="grpo", entropy_coef=0.01), {"softcap": 20.0}),
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        for vocabulary in (1031, 4096):
+            head = _leaf(67, 48, dtype=dtype), _leaf(vocabulary, 48, dtype=dtype)
+            options = {"outputs": ("logp", "entropy"), "workspace_mb": 0.05}  # several chunks
+            out = fg.linear_logprob(*head, targets, **options)
+            (out.logp.sum() + out.entropy.sum()).backward()
+            for obj, more in objectives:
+                more = {"seq_ids": seq_ids, "ref_logp": out.logp.detach() + 0.1, **more}
+                fg.linear_grpo_loss(*head, targets, advantages, obj, **more).loss.backward()
+            other = [x.detach() + 0.1 for x in head]
+            fg.linear_kl(*head, *other).sum().backward()
 
 
 def losses() -> None:

@@ -26,6 +26,15 @@ def _seed_and_poison():
     torch.use_deterministic_algorithms(False)
 
 
+def pytest_ignore_collect(collection_path, config):
+    """`-m gpu` imports the test_gpu_*.py alone, which need no package but torch, triton,
+    transformers and pytest: a machine with a GPU need have no other."""
+    name = collection_path.name
+    if config.option.markexpr == "gpu" and name.startswith("test_"):
+        return None if name.startswith("test_gpu_") else True
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
     if torch.cuda.is_available():
         return

@@ -272,19 +272,3 @@ def test_average_precision_says_what_is_wrong():
         ap(thresholds=[0.0])
     with pytest.raises(fg.InputError, match="max_dets"):
         ap(max_dets=0)
-
-
-@pytest.mark.gpu
-def test_average_precision_cuda_equals_reference():
-    rng = np.random.default_rng(3)
-    samples = [random_sample(rng, int(rng.integers(0, 150)), 12, levels=4) for _ in range(200)]
-    parts = [sum(part, []) for part in zip(*samples, strict=True)]
-    kinds = (torch.float64, torch.int64, torch.float64, torch.float64, torch.int64)
-    tensors = [torch.tensor(p, dtype=k) for p, k in zip(parts, kinds, strict=True)]
-    sizes = [len(s[0]) for s in samples], [len(s[3]) for s in samples]
-    for options in ({}, {"area_range": (16.0, 90.0)}):
-        want = fg.average_precision(*tensors, *sizes, per_threshold=True, **options)
-        got = fg.average_precision(
-            *(t.cuda() for t in tensors), *sizes, per_threshold=True, impl="cuda", **options
-        )
-        torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-12)

@@ -46,10 +46,14 @@ def by_head(tensors, layout, dtype, **options):
 
 
 def within_budget(ours, tensors, layout, **options):
+    dtype = tensors[0].dtype
+    # Three TF32 products leave up to 2^-22 of each float32 product: 3.0 times the error of float32
+    # in a simulation of these shapes (dq, head dimension 128).
+    factor = 6.0 if dtype == torch.float32 else 2.0
     ref = by_head(tensors, layout, torch.float64, **options)
-    same = by_head(tensors, layout, tensors[0].dtype, **options)
+    same = by_head(tensors, layout, dtype, **options)
     for name, a, b, c in zip(NAMES, ours, ref, same, strict=True):
-        assert_within_budget(a, b, c, what=name)
+        assert_within_budget(a, b, c, factor=factor, what=name)
 
 
 @pytest.mark.parametrize("name", [n for n in BACKENDS if n != "dense"])
@@ -77,7 +81,7 @@ def test_backends_with_a_sliding_window_equal_dense(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [8, 16, 64, 80, 96, 128, 256])
 def test_triton_head_dims_and_dtypes(head_dim, dtype):
     layout = GroupLayout([(261, [129, 64, 1, 0, 63]), (127, [5])], device=DEVICE)
     tensors = inputs(layout, (4, 2), head_dim, dtype)
@@ -109,6 +113,30 @@ def test_triton_repeats_bitwise_250_times():
     for _ in range(250):
         again = run(get_backend("triton").attend, tensors, layout, scale=0.09)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("heads", [(7, 1), (1, 1)], ids=str)
+def test_triton_sums_of_cut_keys_equal_whole_ones(heads):
+    segments = torch.tensor(GroupLayout(RAGGED).segments)
+    cut = prefix_tables(segments, DEVICE, heads=heads, processors=132)
+    whole = prefix_tables(segments, DEVICE, heads=heads, processors=1)
+    assert cut.slots > 100 > whole.slots
+    shapes = [(len(cut.positions), h, 128) for h in (heads[0], heads[1], heads[1], heads[0])]
+    tensors = [torch.randn(s, device=DEVICE).bfloat16() for s in shapes]
+    many, few = (
+        run(shared_prefix_attention, tensors, tables, impl="triton") for tables in (cut, whole)
+    )
+    for name, a, b in zip(NAMES, many, few, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-2, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_triton_runs_on_its_tensors_device_whatever_is_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    layout = GroupLayout([(100, [20, 3])], device="cuda:1")
+    tensors = [torch.randn(123, h, 64, device="cuda:1").bfloat16() for h in (4, 2, 2, 4)]
+    ours = run(get_backend("triton").attend, tensors, layout, scale=0.1)
+    within_budget(ours, tensors, layout, scale=0.1)
 
 
 def test_triton_one_row_of_131072_tokens():
@@ -144,7 +172,7 @@ def test_triton_lengths_and_scalars_do_not_recompile():
 
     def compiled():
         found = [kernels._shared_prefix_fwd_kernel, kernels._shared_prefix_dq_kernel]
-        found.append(kernels._shared_prefix_dkv_kernel)
+        found += [kernels._shared_prefix_dkv_kernel, kernels._shared_prefix_sum_kernel]
         return sum(len(k.device_caches[torch.cuda.current_device()][0]) for k in found)
 
     def step(lengths, scale, window):

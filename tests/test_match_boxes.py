@@ -252,32 +252,3 @@ def test_match_boxes_cpp_opcheck():
     torch.library.opcheck(_cpp.match_boxes, (torch.rand(6), None, *starts, 2, "optimal", None))
     mask = torch.ones(6, dtype=torch.bool)
     torch.library.opcheck(_cpp.match_boxes, (torch.rand(6), mask, *starts, 2, "greedy", 0.5))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", METHODS)
-def test_match_boxes_cuda_equals_reference(method, dtype):
-    rng = np.random.default_rng(0)
-    a_sizes = [*rng.integers(0, 60, 200).tolist(), 256, 256, 1, 0]
-    b_sizes = [*rng.integers(0, 60, 200).tolist(), 256, 100, 256, 3]
-    counts = [n * m for n, m in zip(a_sizes, b_sizes, strict=True)]
-    scores = torch.tensor(rng.random(sum(counts)), dtype=dtype)
-    mask = torch.tensor(rng.random(sum(counts)) < 0.8)
-    offsets = np.cumsum([0, *counts])
-    for options in ({}, {"threshold": 0.4, "mask": mask}):
-        want = fg.match_boxes(scores, offsets, a_sizes, b_sizes, method=method, **options)
-        options = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-        got = fg.match_boxes(
-            scores.cuda(), offsets, a_sizes, b_sizes, method=method, impl="cuda", **options
-        )
-        assert got.device.type == "cuda"
-        for block, ours, theirs in zip(
-            scores.split(counts), got.cpu().split(a_sizes), want.split(a_sizes), strict=True
-        ):
-            if method == "optimal":
-                block = block.double().view(len(ours), -1) if len(ours) else block
-                assert (ours >= 0).sum() == (theirs >= 0).sum()
-                assert total(block, ours.tolist()) == pytest.approx(total(block, theirs.tolist()))
-            else:
-                assert torch.equal(ours, theirs)

@@ -44,7 +44,7 @@ def segments(groups: list[tuple[int, list[int]]]) -> torch.Tensor:
 
 def check(
     groups, heads=(2, 1), head_dim=16, dtype=torch.float32, factor=2.0, spread=1.0,
-    cancelling=False, **options,
+    cancelling=False, processors=1, **options,
 ):  # fmt: skip
     """Output and the three gradients of the kernel within `factor` of same-dtype PyTorch.
 
@@ -53,7 +53,7 @@ def check(
     is dv's, since p is not divided by its sum again.
     """
     seg = segments(groups)
-    tables = op.prefix_tables(seg, heads=heads)
+    tables = op.prefix_tables(seg, heads=heads, processors=processors)
     tokens = int(seg[-1, 1]) if len(seg) else 0
     inputs = [spread * torch.randn(tokens, h, head_dim) for h in (heads[0], heads[1], heads[1])]
     inputs = [x.to(dtype) for x in inputs]
@@ -102,25 +102,36 @@ def test_triton_matches_reference_for_every_head_ratio(heads):
 
 
 @pytest.mark.parametrize(
-    "heads, by_heads, by_rows, options",
+    "heads, processors, options",
     [
-        ((3, 1), True, False, {}),
-        ((2, 1), True, True, {"window": 21, "softcap": 2.0}),
-        ((1, 1), False, True, {}),
+        ((3, 1), 1, {}),  # shares that end within a head
+        ((2, 1), 1, {"window": 21, "softcap": 2.0}),
+        ((1, 1), 1, {}),  # of rows alone
     ],
 )
-def test_triton_keys_cut_into_items(monkeypatch, heads, by_heads, by_rows, options):
+def test_triton_keys_cut_into_items(monkeypatch, heads, processors, options):
     monkeypatch.setattr(tables_of, "SMALLEST_ITEM", 32)
     groups = [(33, [20])]
-    items = op.prefix_tables(segments(groups), heads=heads, processors=1).items
-    start, _, _, begin, _, _, shares, slot = items.unbind(1)
-    assert (bool((shares > 1).any()), bool((begin > start).any())) == (by_heads, by_rows)
-    assert bool((slot < 0).any())  # and whole blocks beside them
+    made = op.prefix_tables(segments(groups), heads=heads, processors=processors)
+    assert made.slots > 1 and bool((made.items[:, 6] < 0).any())  # and whole blocks beside them
     results = []
     for _ in range(2):
         torch.manual_seed(0)
-        results.append(check(groups, heads=heads, **options))
+        results.append(check(groups, heads=heads, processors=processors, **options))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_triton_tables_made_for_other_heads_are_right_too(monkeypatch):
+    monkeypatch.setattr(tables_of, "SMALLEST_ITEM", 32)
+    seg = segments([(33, [5])])
+    q, k, v = (torch.randn(38, h, 16).requires_grad_() for h in (2, 1, 1))
+    grads = []
+    for heads in ((2, 1), (7, 1)):
+        tables = op.prefix_tables(seg, heads=heads, processors=2)
+        out = op.shared_prefix_attention(q, k, v, tables, impl="triton")
+        grads.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 80, 96, 128, 256])

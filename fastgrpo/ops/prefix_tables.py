@@ -12,10 +12,8 @@ from fastgrpo.checks import check_tensor
 from fastgrpo.errors import InputError
 
 BLOCK_ROWS = 128  # rows of one table entry; the kernels' tiles divide it
-# dK/dV is cut into items of about a quarter of a multiprocessor's share of the work, so that none
-# waits long for another, but not below this many (row, query head) pairs per key block: an item
-# costs the loads of its keys and a float32 part to write and to add (bench/occupancy.py).
-ITEMS_PER_PROCESSOR = 4
+# An item of dK/dV costs the loads of its keys and a float32 part to write and to add, so that none
+# is cut below this many (query head, row) pairs (bench/occupancy.py).
 SMALLEST_ITEM = 1024
 
 
@@ -25,9 +23,9 @@ class PrefixTables(NamedTuple):
     segments (S, 4) int64: start, end, prefix_start, prefix_end of each run of rows.
     blocks (B, 5) int32, for the queries: start, seg_start, seg_end, prefix_start, prefix_len of at
         most `block_rows` rows, the most keys first.
-    items (I, 8) int32, for the gradients of keys: start, seg_end of at most `block_rows` rows,
-        shift (text position = row + shift), the query rows [from, to), share i of n of a key head's
-        query heads, slot of its part (-1: the item is the whole sum), the most work first.
+    items (I, 7) int32, for the gradients of keys: start, seg_end of at most `block_rows` rows,
+        shift (text position = row + shift), query_end, share i of n of the (query head, row) pairs
+        that see them, slot of its part (-1: the item is the whole sum), the most work first.
     sums (E, 4) int32: start, seg_end, first slot and number of slots of each block cut into items.
     positions (T,) int32: text position of each row (a completion continues its prompt's).
     """
@@ -94,32 +92,32 @@ def _key_items(
 ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
     """The work items of key blocks at `row`, the sums of those that were cut, and their slots.
 
-    A block's work is its query rows times the query heads of a key head. It is cut by heads as far
-    as they go, then by rows.
+    A block's work is its query rows times the query heads of a key head. The largest are cut until
+    the items are whole rounds of the processors, a round more than half again the blocks.
     """
-    group = heads[0] // heads[1]
-    rows = query_end - row
-    share_of_work = int((rows * group).sum()) * heads[1] / (processors * ITEMS_PER_PROCESSOR)
-    limit = max(SMALLEST_ITEM, int(share_of_work))
-    wanted = (rows * group + limit - 1) // limit
-    shares = wanted.clamp(max=group)
-    ranges = (wanted + shares - 1) // shares
-    span = (rows + ranges - 1) // ranges
-    span = (span + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
-    ranges = (rows + span - 1) // span
-
-    count = shares * ranges
+    work = (query_end - row) * (heads[0] // heads[1])
+    rounds = -(-3 * len(row) * heads[1] // (2 * processors)) + 1
+    count = _shares(work, rounds * processors // heads[1])
     cut = count > 1
     of, nth = _repeat(count)
     first = torch.cumsum(count * cut, 0) - count * cut
     slot = torch.where(cut[of], first[of] + nth, -1)
-    start = row[of] + nth // shares[of] * span[of]
-    end = torch.minimum(start + span[of], query_end[of])
-    columns = [row[of], seg_end[of], shift[of], start, end, nth % shares[of], shares[of], slot]
-    work = (end - start) * ((group + shares - 1) // shares)[of]
-    items = torch.stack(columns, 1)[torch.argsort(work, descending=True, stable=True)]
+    columns = [row[of], seg_end[of], shift[of], query_end[of], nth, count[of], slot]
+    order = torch.argsort(work[of] / count[of], descending=True, stable=True)
     sums = torch.stack([row, seg_end, first, count], 1)[cut]
-    return items, sums, int((count * cut).sum())
+    return torch.stack(columns, 1)[order], sums, int((count * cut).sum())
+
+
+def _shares(work: Tensor, items: int) -> Tensor:
+    """Into how many shares each block is cut: equal ones as small as `items` of them allow."""
+    low, high = SMALLEST_ITEM, max([SMALLEST_ITEM, *work.tolist()])
+    while low < high:
+        middle = (low + high) // 2
+        if int(((work + middle - 1) // middle).sum()) <= items:
+            high = middle
+        else:
+            low = middle + 1
+    return (work + high - 1) // high
 
 
 def _repeat(count: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,33 +92,52 @@ def shared_prefix_attention_backward_op(
     window: int, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) from the saved output and the log-sum-exp over prefix and own keys together."""
-    tokens, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    group = heads // kv_heads
     q, k, v, dout = _aligned(q), _aligned(k), _aligned(v), _aligned(dout.to(q.dtype))
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    delta = torch.empty_like(lse)
-    strides = _strides(q, k, v, dout)
-    kind = (q.device, q.dtype, head_dim, not window and not softcap)
-    t = tiles("dq", *kind)
+    numbers = (scale, window, softcap)
+    dq, delta = dq_and_delta(q, k, v, out, dout, lse, blocks, block_rows, *numbers)
+    tables = (items, sums, positions, block_rows, slots)
+    return dq, *dk_and_dv(q, k, v, dout, lse, delta, *tables, *numbers)
+
+
+def dq_and_delta(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, blocks: Tensor,
+    block_rows: int, scale: float, window: int, softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dq (T, H, D), and delta (H, T) = rowsum(dout * out), which `dk_and_dv` needs."""
+    tokens, heads, head_dim = q.shape
+    dq, delta = q.new_empty(q.shape), torch.empty_like(lse)
+    t = tiles("dq", q.device, q.dtype, head_dim, not window and not softcap)
     launch(
         _shared_prefix_dq_kernel, (len(blocks) * (block_rows // t.m) * heads,), q,
-        q, k, v, out, dout, lse, delta, dq, blocks, tokens, heads, group, *strides,
-        window, scale, softcap, **_constants(t, head_dim, window, softcap, block_rows),
+        q, k, v, out, dout, lse, delta, dq, blocks, tokens, heads, heads // k.shape[1],
+        *_strides(q, k, v, dout), window, scale, softcap,
+        **_constants(t, head_dim, window, softcap, block_rows),
     )  # fmt: skip
-    t = tiles("dkv", *kind)
+    return dq, delta
+
+
+def dk_and_dv(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, items: Tensor,
+    sums: Tensor, positions: Tensor, block_rows: int, slots: int, scale: float, window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk and dv (T, K, D): every work item, then the sums of the blocks that were cut."""
+    tokens, kv_heads, head_dim = k.shape
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     parts = q.new_empty((2, slots, kv_heads, block_rows, head_dim), dtype=torch.float32)
+    t = tiles("dkv", q.device, q.dtype, head_dim, not window and not softcap)
     launch(
         _shared_prefix_dkv_kernel, (len(items) * (block_rows // t.n) * kv_heads,), q,
-        q, k, v, dout, lse, delta, dk, dv, parts, items, positions, tokens, kv_heads, group, slots,
-        *strides, window, scale, softcap, **_constants(t, head_dim, window, softcap, block_rows),
+        q, k, v, dout, lse, delta, dk, dv, parts, items, positions, tokens, kv_heads,
+        q.shape[1] // kv_heads, slots, *_strides(q, k, v, dout), window, scale, softcap,
+        **_constants(t, head_dim, window, softcap, block_rows),
     )  # fmt: skip
     launch(
         _shared_prefix_sum_kernel, (len(sums) * (block_rows // SUM_ROWS) * kv_heads,), q,
         parts, dk, dv, sums, kv_heads, slots,
         D=head_dim, PAD=_padded(head_dim), TILE=SUM_ROWS, ENTRY=block_rows,
     )  # fmt: skip
-    return dq, dk, dv
+    return dk, dv
 
 
 @shared_prefix_attention_backward_op.register_fake

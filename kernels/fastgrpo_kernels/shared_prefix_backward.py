@@ -1,8 +1,8 @@
 """Backward kernels of shared-prefix attention: dq; dk and dv by work items; the sum of their parts.
 
 A prompt's keys are seen by every row from the key to the end of its group, under every query head
-that shares them. One program would sum all of that while most of the GPU waits, so a key block with
-much to sum is cut into items by query heads, then by rows (`fastgrpo.ops.prefix_tables`): each item
+that shares them. One program would sum all of that while most of the GPU waits, so the (head, row)
+pairs of a key block with much to sum are cut into equal shares (`fastgrpo.ops.prefix_tables`): each
 writes a float32 part, and `_shared_prefix_sum_kernel` adds the parts of a block in their order. No
 atomics: bitwise the same result each time.
 """
@@ -127,6 +127,14 @@ def _dkv_loop(
     return dk, dv
 
 
+@triton.jit
+def _cut(share, shares, span, group, ENTRY: tl.constexpr):
+    """Where share i of n of (query head, row) pairs begins: the head, and the row within it, a
+    multiple of ENTRY. Share i ends where share i + 1 begins."""
+    at = span.to(tl.int64) * group * share // shares
+    return (at // span).to(tl.int32), (at % span // ENTRY * ENTRY).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=[
     "tokens", "kv_heads", "group", "slots", "stride_qt", "stride_qh", "stride_kt", "stride_kh",
     "stride_vt", "stride_vh", "stride_ot", "stride_oh", "window",
@@ -139,7 +147,7 @@ def _shared_prefix_dkv_kernel(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, ENTRY: tl.constexpr,
 ):  # fmt: skip
-    """One work item: dk and dv of a key tile over its share of query heads and rows; whole sums
+    """One work item: dk and dv of a key tile over its share of (query head, row) pairs; whole sums
     into dk and dv (T, K, D), parts into parts (2, slots, K, ENTRY, D) float32."""
     pid = tl.program_id(0)
     kv = (pid % kv_heads).to(tl.int64)
@@ -155,16 +163,18 @@ def _shared_prefix_dkv_kernel(
     v = load_tile(v_ptr + kv * stride_vh * STRIDE_UNIT, rows, stride_vt, live, D, PAD, True)
     shift = tl.load(item + 2)  # text position = row + shift
     last_pos = tl.minimum(start + TILE_N, seg_end) - 1 + shift
-    q_start = tl.maximum(tl.load(item + 3), start)
-    q_end = tl.load(item + 4)
-    share = tl.load(item + 5)
-    shares = tl.load(item + 6)
-    slot = tl.load(item + 7)
+    block = start - within
+    span = tl.load(item + 3) - block  # query rows of one head
+    first_head, first_row = _cut(tl.load(item + 4), tl.load(item + 5), span, group, ENTRY)
+    last_head, last_row = _cut(tl.load(item + 4) + 1, tl.load(item + 5), span, group, ENTRY)
+    slot = tl.load(item + 6)
 
     dk = tl.zeros((TILE_N, PAD), tl.float32)
     dv = tl.zeros((TILE_N, PAD), tl.float32)
-    first = kv * group
-    for h in range(first + share * group // shares, first + (share + 1) * group // shares):
+    for nth in range(first_head, tl.minimum(last_head + 1, group)):
+        q_start = tl.maximum(block + tl.where(nth == first_head, first_row, 0), start)
+        q_end = block + tl.where(nth == last_head, last_row, span)
+        h = kv * group + nth
         dk, dv = _dkv_loop(
             dk, dv, k, v, rows, q_ptr + h * stride_qh * STRIDE_UNIT,
             dout_ptr + h * stride_oh * STRIDE_UNIT, lse_ptr + h * tokens, delta_ptr + h * tokens,

@@ -17,16 +17,17 @@ class Tiles(NamedTuple):
 # Chosen without a GPU: the largest tiles that compile without spilling a register by triton 3.6 and
 # 3.9, with two stages of loads where shared memory and registers allow. Columns: head dimension up
 # to 64, below 128 (padded to it), 128, above. sm_80's rows also fit the 99 KiB of shared memory of
-# consumer cards. `fastgrpo doctor --compile` prints registers and spills.
+# consumer cards. `fastgrpo doctor --compile` prints registers and spills. Those of sm_90 at 128 are
+# what bench/occupancy.py finds best, two programs of dkv and of fwd to a multiprocessor.
 TILES = {  # (m, n, warps, stages)
     "fwd sm_80": ((128, 64, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
-    "fwd sm_90": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    "fwd sm_90": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 8, 2)),
     "fwd sm_100": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     "dq sm_80": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
     "dq sm_90": ((128, 64, 8, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
     "dq sm_100": ((128, 64, 8, 3), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
     "dkv sm_80": ((64, 32, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
-    "dkv sm_90": ((64, 64, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 2)),
+    "dkv sm_90": ((64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 1), (32, 32, 8, 2)),
     "dkv sm_100": ((64, 64, 8, 2), (32, 64, 4, 1), (64, 64, 8, 1), (32, 32, 8, 2)),
 }
 # float32 multiplies by three TF32 products on the tensor cores, which takes more registers.
@@ -55,5 +56,5 @@ def compiled_tiles(kernel: str, arch: str, fp32: bool, head_dim: int, plain: boo
     column = (head_dim > 64) + (head_dim >= 128) + (head_dim > 128)
     t = Tiles(*TILES[f"{kernel} {arch}"][column])
     if kernel == "dkv" and not plain:  # their registers are taken from the keys
-        return t._replace(n=min(t.n, 64))
+        return t._replace(n=min(t.n, 64), warps=8)
     return t

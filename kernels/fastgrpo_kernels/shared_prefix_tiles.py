@@ -15,7 +15,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 STRIDE_UNIT = tl.constexpr(8)  # strides come in 8 elements, so that loads are known to be aligned
 QUERY_BLOCK = tl.constexpr(5)  # columns of the tables; see `fastgrpo.ops.prefix_tables`
-KEY_ITEM = tl.constexpr(8)
+KEY_ITEM = tl.constexpr(7)
 KEY_SUM = tl.constexpr(4)
 
 

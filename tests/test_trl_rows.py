@@ -22,6 +22,16 @@ from fastgrpo.models import families  # noqa: E402
 PAD = 9
 
 
+def plan(group_of_row, order, batches, *, live=None, batches_per_step=None):
+    return plan_micro_batches(
+        group_of_row,
+        order,
+        batches,
+        live=live or [True] * len(order),
+        batches_per_step=batches_per_step or batches,
+    )
+
+
 def batch(prompts, completions):
     """Left-padded prompts, right-padded completions, and their mask."""
     width, columns = (max(map(len, rows)) for rows in (prompts, completions))
@@ -117,7 +127,7 @@ def test_micro_batches_hold_each_row_once_and_whole_groups_where_they_fit(
     group_of_row = [row // per_group for row in range(groups * per_group)]
     order = list(range(len(group_of_row)))
     random.Random(0).shuffle(order)
-    planned = plan_micro_batches(group_of_row, order, batches)
+    planned = plan(group_of_row, order, batches)
     assert sorted(planned) == list(range(len(group_of_row)))
     size = len(planned) // batches
     chunks = [planned[i : i + size] for i in range(0, len(planned), size)]
@@ -126,18 +136,55 @@ def test_micro_batches_hold_each_row_once_and_whole_groups_where_they_fit(
         for g in range(groups)
     )
     assert split == 0 if whole else split <= groups - (size // per_group) * batches
-    other = plan_micro_batches(group_of_row, sorted(order), batches)
+    other = plan(group_of_row, sorted(order), batches)
     assert whole is False or planned != other  # the order given decides which groups meet
 
 
 def test_groups_that_straddle_processes_are_planned_too():
     group_of_row = [0, 0, 0, 1, 1, 1, 1, 2]  # this process has the end of 0 and the start of 2
-    planned = plan_micro_batches(group_of_row, [4, 0, 7, 1, 2, 3, 5, 6], 2)
+    planned = plan(group_of_row, [4, 0, 7, 1, 2, 3, 5, 6], 2)
     assert sorted(planned) == list(range(8))
     assert {frozenset(planned[:4]), frozenset(planned[4:])} == {
         frozenset({3, 4, 5, 6}),
         frozenset({0, 1, 2, 7}),
     }
+
+
+@pytest.mark.parametrize(
+    ("groups", "per_group", "batches", "per_step", "alive"),
+    [
+        (4, 4, 4, 1, [0, 1]),  # fewer live groups than steps
+        (4, 4, 4, 2, [2, 3]),  # one live group for each step
+        (8, 4, 4, 2, [1, 2, 3]),
+        (2, 8, 4, 1, [1]),  # a group larger than a micro-batch
+        (4, 4, 8, 1, [3]),  # as many steps as live rows and more
+        (6, 3, 3, 1, [0, 1, 2, 3, 4, 5]),
+        (4, 4, 4, 3, [1]),  # steps that do not divide the generation
+    ],
+)
+def test_live_groups_are_spread_over_the_optimizer_steps(
+    groups, per_group, batches, per_step, alive
+):
+    group_of_row = [row // per_group for row in range(groups * per_group)]
+    live = [group in alive for group in group_of_row]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        order = torch.randperm(len(live), generator=generator).tolist()
+        planned = plan(group_of_row, order, batches, live=live, batches_per_step=per_step)
+        assert sorted(planned) == sorted(order)
+        steps = 1 if batches % per_step else batches // per_step
+        size = len(live) // steps
+        rows = [sum(live[row] for row in planned[i * size :][:size]) for i in range(steps)]
+        assert min(rows) >= min(1, sum(live) // steps)
+        assert max(rows) - min(rows) <= per_group, rows
+        whole = len(alive) >= steps and per_group <= len(live) // batches
+        chunk = len(live) // batches
+        chunks = [
+            {group_of_row[row] for row in planned[i : i + chunk]}
+            for i in range(0, len(live), chunk)
+        ]
+        if whole:
+            assert all(sum(group in c for c in chunks) == 1 for group in alive)
 
 
 def test_only_prompts_without_any_weight_need_no_gradient():

@@ -68,6 +68,7 @@ class FastGRPOConfig(GRPOConfig):
     packed_rollout: bool | None = _option(
         None, "Sample in packed rows; default: wherever they obey every generation setting."
     )
+    strict: bool = _option(False, "Refuse what packed rows cannot express; TRL computes it else.")
     liger_kernels: bool = _option(False, "liger-kernel's layers (not its loss), CUDA only.")
     max_skipped_steps: int = _option(
         10, "Steps in a row whose gradient is not finite before the run ends."

@@ -70,19 +70,25 @@ class Adapter:
             return torch.get_autocast_dtype(kind)
         return next(p.dtype for p in self.core.parameters() if p.is_floating_point())
 
-    def _check_dropout(self):
-        """Dropout would draw one mask for a shared prompt where the plain forward draws G."""
-        if not self.core.training:
-            return
+    def dropout(self, *, active_only: bool = False) -> str | None:
+        """What drops out where, if any module does; `active_only`: if one in train mode does.
+
+        Dropout would draw one mask for a shared prompt where the plain forward draws G.
+        """
         for name, module in self.core.named_modules():
             rate = module.p if isinstance(module, nn.Dropout) else 0.0
             rate = rate or getattr(module, "attention_dropout", 0.0)
-            if module.training and rate:
-                raise InputError(
+            if rate and (module.training or not active_only):
+                return (
                     f"dropout {rate} in {name or 'the model'}: a prompt shared by its completions "
                     f"has one dropout mask where separate forwards have one each; set it to 0 "
                     f"(attention_dropout, lora_dropout) or call model.eval()"
                 )
+        return None
+
+    def _check_dropout(self):
+        if self.core.training and (reason := self.dropout(active_only=True)):
+            raise InputError(reason)
 
 
 def _unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:

@@ -26,7 +26,7 @@ class BatchMixin:
         return "train" if self.model.training else "eval"
 
     def _prepare_inputs(self, generation_batch):
-        if self._mode == "eval" or not self.fast.keep_groups:
+        if self._mode == "eval" or not self.fast.keep_groups or self._padded_reason:
             return super()._prepare_inputs(generation_batch)
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
@@ -43,7 +43,14 @@ class BatchMixin:
         group_of_row = [(first + row) // self.num_generations for row in range(num_rows)]
         # One draw of TRL's size: sampling after it sees the random numbers it would see in TRL.
         order = torch.randperm(num_rows).tolist()
-        return plan_micro_batches(group_of_row, order, self.args.steps_per_generation)
+        advantages = batch["advantages"]
+        return plan_micro_batches(
+            group_of_row,
+            order,
+            self.args.steps_per_generation,
+            live=(advantages.view(num_rows, -1) != 0).any(1).tolist(),
+            batches_per_step=self.args.gradient_accumulation_steps,
+        )
 
     def _is_placeholder(self, ids: Tensor) -> Tensor:
         return torch.isin(ids, ids.new_tensor(self._placeholder_ids))

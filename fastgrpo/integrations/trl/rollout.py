@@ -66,7 +66,7 @@ class RolloutMixin:
             raise InputError(
                 f"packed_rollout=True: {reason}; leave packed_rollout out or change it"
             )
-        if reason not in self._logged_reasons:
+        if reason not in {*self._logged_reasons, self._padded_reason}:
             self._logged_reasons.add(reason)
             logger.warning(
                 "packed rollout: %s, so TRL's own generation samples, which encodes a prompt and "
@@ -106,6 +106,8 @@ def unserved_setting(settings: GenerationConfig, eos_token_ids: list[int]) -> st
 
 def packed_settings(trainer, has_tool_images: bool) -> tuple[GenerationConfig | None, str | None]:
     """The effective settings of the trainer's rollouts, and why packed rows cannot obey them."""
+    if trainer._padded_reason:
+        return None, trainer._padded_reason
     if trainer.use_vllm:
         return None, "use_vllm=True samples in another engine"
     if trainer.use_transformers_continuous_batching:

@@ -121,23 +121,68 @@ def scatter(values: list[Tensor], members: list[int], rows: Rows) -> Tensor:
     return flat.index_copy(0, index, torch.cat(values).float()).view(shape)
 
 
-def plan_micro_batches(group_of_row: list[int], order: list[int], num_batches: int) -> list[int]:
+def plan_micro_batches(
+    group_of_row: list[int],
+    order: list[int],
+    num_batches: int,
+    *,
+    live: list[bool],
+    batches_per_step: int,
+) -> list[int]:
     """A permutation of the rows whose equal chunks hold whole groups wherever they fit.
 
-    `order` is a permutation of the rows: groups are placed in the order it first meets them, each
-    into the first chunk with room for all of it; rows of the groups that fit nowhere fill the gaps.
+    `order` is a permutation of the rows: groups are placed in the order it first meets them. Groups
+    with a `live` row are spread evenly over the optimizer steps of `batches_per_step` chunks each,
+    in parts where there are fewer of them than steps, so that no step holds dead rows alone while
+    another has several live ones. Within a step a group is placed into the first chunk with room
+    for all of it; rows of the groups that fit nowhere fill the gaps.
     """
     rows_of_group: dict[int, list[int]] = {}
     for row in order:
         rows_of_group.setdefault(group_of_row[row], []).append(row)
-    room = len(order) // num_batches
-    chunks: list[list[int]] = [[] for _ in range(num_batches)]
+    groups = list(rows_of_group.values())
+    num_steps = 1 if num_batches % batches_per_step else num_batches // batches_per_step
+    alive = [rows for rows in groups if any(live[row] for row in rows)]
+    dead = [rows for rows in groups if not any(live[row] for row in rows)]
+    steps = _spread(alive, num_steps, len(order) // num_steps)
+    _fill(steps, dead, len(order) // num_steps)
+    plan: list[int] = []
+    for members in steps:
+        chunks: list[list[list[int]]] = [[] for _ in range(num_batches // num_steps)]
+        _fill(chunks, members, len(order) // num_batches)
+        plan += [row for chunk in chunks for part in chunk for row in part]
+    return plan
+
+
+def _spread(groups: list[list[int]], num_bins: int, room: int) -> list[list[list[int]]]:
+    """The groups, in parts where they must be, each into the bin with the fewest rows so far."""
+    parts = list(groups)
+    while 0 < len(parts) < num_bins and max(map(len, parts)) > 1:
+        largest = max(parts, key=len)
+        parts.remove(largest)
+        half = len(largest) // 2
+        parts += [largest[:half], largest[half:]]
+    parts.sort(key=len, reverse=True)
+    bins: list[list[list[int]]] = [[] for _ in range(num_bins)]
+    while parts:
+        part = parts.pop(0)
+        bin_ = min(bins, key=lambda b: sum(map(len, b)))
+        free = room - sum(map(len, bin_))
+        bin_.append(part[:free])
+        if part[free:]:
+            parts.append(part[free:])
+    return bins
+
+
+def _fill(bins: list[list[list[int]]], groups: list[list[int]], room: int) -> None:
+    """Each group into the first bin with room for all of it; the rest fills the gaps."""
     left: list[int] = []
-    for members in rows_of_group.values():
-        chunk = next((c for c in chunks if len(c) + len(members) <= room), None)
-        left.extend(members) if chunk is None else chunk.extend(members)
-    for chunk in chunks:
-        take = room - len(chunk)
-        chunk.extend(left[:take])
-        del left[:take]
-    return [row for chunk in chunks for row in chunk]
+    for rows in groups:
+        whole = (b for b in bins if sum(map(len, b)) + len(rows) <= room)
+        chosen = next(whole, None)
+        left.extend(rows) if chosen is None else chosen.append(rows)
+    for bin_ in bins:
+        take = room - sum(map(len, bin_))
+        if take and left:
+            bin_.append(left[:take])
+            del left[:take]

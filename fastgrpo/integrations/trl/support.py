@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import inspect
+import logging
 
 import torch
 import trl
+from packaging.version import Version
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from fastgrpo import attention
 from fastgrpo.errors import InputError
-from fastgrpo.models.adapter import Adapter
 
-TRL_SERIES = "1.16."
+logger = logging.getLogger(__name__)
+
+TESTED_TRL = "1.16"
+# TRL's methods that are replaced or called, with their parameters in the tested version.
+METHODS = {
+    "_get_per_token_logps_and_entropies": "model input_ids attention_mask logits_to_keep "
+    "batch_size compute_entropy compute_aux_loss pixel_values image_grid_thw num_images "
+    "pixel_attention_mask spatial_shapes num_tiles image_sizes token_type_ids mm_token_type_ids "
+    "image_position_ids",
+    "_compute_loss": "model inputs",
+    "_tokenize_prompts": "prompts",
+    "_generate_single_turn": "prompt_ids images multimodal_fields num_generations has_tool_images",
+    "_generate": "prompts",
+    "_prepare_inputs": "generation_batch",
+    "_calculate_rewards": "inputs prompts completions completion_ids_list",
+    "_generate_and_score_completions": "inputs",
+    "_save_checkpoint": "model trial",
+    "_load_optimizer_and_scheduler": "checkpoint",
+}
+# Another class's version of one of these would be replaced and its effect lost.
 OVERRIDDEN = (
     "_get_per_token_logps_and_entropies",
     "_tokenize_prompts",
@@ -24,29 +44,49 @@ OVERRIDDEN = (
 )
 
 
-def check_version() -> None:
-    if not trl.__version__.startswith(TRL_SERIES):
-        raise InputError(
-            f"trl {trl.__version__} is installed; this integration replaces methods of trl "
-            f"{TRL_SERIES}* and knows no other. Install trl=={TRL_SERIES}* or use fg.GRPOStep."
-        )
+def check_version() -> bool:
+    """Whether this trl is the tested one; `InputError` names what another one does differently."""
+    tested = Version(trl.__version__).release[:2] == Version(TESTED_TRL).release
+    if tested:
+        return True
+    if Version(trl.__version__) < Version(TESTED_TRL):
+        raise InputError(f"trl {trl.__version__} is installed; install trl=={TESTED_TRL}.*")
+    for name, parameters in METHODS.items():
+        method = getattr(GRPOTrainer, name, None)
+        found = "gone"
+        if method is not None:
+            found = f"({', '.join(list(inspect.signature(method).parameters)[1:])})"
+        known = f"({', '.join(parameters.split())})"
+        if found != known:
+            raise InputError(
+                f"trl {trl.__version__} is installed, where GRPOTrainer.{name} is {found}, not "
+                f"{known}. Install trl=={TESTED_TRL}.* or use fg.GRPOStep"
+            )
+    return False
 
 
-def check_trainer(trainer: GRPOTrainer, own: type) -> None:
+def check_trainer(trainer: GRPOTrainer, own: type, *, self_check: bool = True) -> None:
     """Raises `InputError` unless every number of `trainer` would stay TRL's.
 
     `own` is the class whose methods replace TRL's.
     """
-    check_version()
+    tested = check_version()
     if not isinstance(trainer, GRPOTrainer):
         raise InputError(f"expected a trl.GRPOTrainer, got {type(trainer).__name__}")
+    if not tested and not self_check:
+        raise InputError(f"self_check=False with trl {trl.__version__}, which only it can accept")
     _check_methods(trainer, own)
-    _check_options(trainer)
     _check_parallelism(trainer)
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
-            check_forward(trainer.accelerator.unwrap_model(model))
-            Adapter(model)  # refuses a family the engine does not know
+            fused_forward(_core(trainer.accelerator.unwrap_model(model)))
+    if not tested:
+        logger.warning(
+            "trl %s has not been tested with fastgrpo (%s has): its methods have the parameters "
+            "that were known, and the self-check compares the first micro-batch",
+            trl.__version__,
+            TESTED_TRL,
+        )
 
 
 def _check_methods(trainer: GRPOTrainer, own: type) -> None:
@@ -72,27 +112,6 @@ def _check_methods(trainer: GRPOTrainer, own: type) -> None:
             )
 
 
-def _check_options(trainer: GRPOTrainer) -> None:
-    args = trainer.args
-    refused = {
-        "torch_compile": args.torch_compile and "the packed row changes its length every step",
-        "cast_lm_head_to_fp32": args.cast_lm_head_to_fp32
-        and "log-probabilities are accumulated in float32 already; leave it off",
-        "router_aux_loss_coef": trainer.aux_loss_enabled
-        and "a packed row shows each prompt once, so the load-balancing loss would differ",
-    }
-    for option, reason in refused.items():
-        if reason:
-            raise InputError(f"{option}={getattr(args, option)}: {reason}")
-    config = getattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config", {})
-    for adapter in config.values():
-        if adapter.is_prompt_learning:
-            raise InputError(
-                f"{type(adapter).__name__} prepends virtual tokens to every row of a batch, which "
-                "a packed row cannot express"
-            )
-
-
 def _check_parallelism(trainer: GRPOTrainer) -> None:
     accelerator = trainer.accelerator
     kind = accelerator.distributed_type.value
@@ -105,33 +124,25 @@ def _check_parallelism(trainer: GRPOTrainer) -> None:
         )
 
 
-def check_forward(model: torch.nn.Module) -> None:
-    """Raises `InputError` if the forward below TRL's fused head is not the model class's own."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forward = _below_accelerate(base)
+def fused_forward(model: torch.nn.Module):
+    """The model's forward below TRL's fused head; `InputError` if the head is not on top."""
+    forward = getattr(model, "_original_forward", model.forward)  # accelerate's mixed precision
     fused = getattr(forward, "__func__", None)
-    if fused is None or fused.__code__ not in add_fused_lm_head.__code__.co_consts:
+    takes = inspect.signature(fused, follow_wrapped=False).parameters if fused else {}
+    if "fused_lm_head" not in takes:
         raise InputError(
-            f"{type(base).__name__}.forward was patched after TRL's fused head was added (by "
+            f"{type(model).__name__}.forward was patched after TRL's fused head was added (by "
             f"{getattr(forward, '__module__', type(forward).__name__)}); only one of the two can "
             "compute the log-probabilities"
         )
-    closure = dict(zip(fused.__code__.co_freevars, fused.__closure__, strict=True))
-    original = closure["original_forward"].cell_contents
-    function = getattr(original, "__func__", original)
-    if function is not vars(type(base)).get("forward") or not function.__module__.startswith(
-        ("transformers.", "transformers_modules.")
-    ):
-        raise InputError(
-            f"{type(base).__name__}.forward is {function.__module__}.{function.__qualname__}, not "
-            "the model's own (Unsloth, Liger's fused loss and verl replace it): load the model "
-            "without that patch"
-        )
+    below = inspect.getclosurevars(fused).nonlocals.get("original_forward")
+    if below is None:
+        raise InputError(f"trl {trl.__version__}: {add_fused_lm_head.__name__} hides the forward")
+    return below
 
 
-def _below_accelerate(model: torch.nn.Module):
-    """The forward that accelerate's mixed-precision wrappers call, if it added any."""
-    return getattr(model, "_original_forward", model.forward)
+def _core(model: torch.nn.Module) -> torch.nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def give_back_attention(trainer: GRPOTrainer) -> None:
@@ -142,6 +153,6 @@ def give_back_attention(trainer: GRPOTrainer) -> None:
     """
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
-            core = Adapter(trainer.accelerator.unwrap_model(model)).core
+            core = _core(trainer.accelerator.unwrap_model(model))
             if attention.is_installed(core):
                 attention.uninstall(core)

@@ -14,6 +14,7 @@ from fastgrpo.engine import score
 from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl.batches import BatchMixin
 from fastgrpo.integrations.trl.checkpoints import CheckpointMixin
+from fastgrpo.integrations.trl.fallback import FallbackMixin
 from fastgrpo.integrations.trl.interruptions import FiniteStepsMixin, OneWriter, SaveOnTerm
 from fastgrpo.integrations.trl.perception import PERTURBED, PerceptionMixin
 from fastgrpo.integrations.trl.rewarding import RewardMixin
@@ -42,7 +43,9 @@ class FastOptions:
     `max_tokens`: the longest packed row (None: the engine's default). `backend`: the attention
     implementation (None: the best for the device). `self_check`: compare the first micro-batch of
     each model with TRL's own values and raise on a mismatch. `keep_groups`: shuffle whole groups
-    instead of rows between micro-batches, so that a group stays together. `guard_rewards`,
+    instead of rows between micro-batches, so that a group stays together; where a generation serves
+    several optimizer steps, other rows than TRL's share a step, groups with advantages spread
+    evenly over the steps. `guard_rewards`,
     `reward_timeout` (seconds per call): see `RewardGuard`. `exact_zero_advantages`: a group whose
     rewards are all equal gets advantages of exactly 0, where TRL leaves the rounding residue of
     mean and standard deviation (6e-4 for eight rewards of 0.9, 0.85 for eight of 10000.1).
@@ -54,6 +57,8 @@ class FastOptions:
     TRL's own generation and one line with the reason; True raises there, False never uses it.
     `liger_kernels`: liger-kernel's RMSNorm, rotary and SwiGLU layers (never its loss), CUDA only.
     `max_skipped_steps`: steps in a row whose gradient is not finite before the run ends.
+    `strict`: raise where a packed row cannot express the model, an option or a tool's images, which
+    TRL's own padded path computes otherwise, with one line that says so.
     """
 
     max_tokens: int | None = None
@@ -67,10 +72,17 @@ class FastOptions:
     packed_rollout: bool | None = None
     liger_kernels: bool = False
     max_skipped_steps: int = 10
+    strict: bool = False
 
 
 class _FastMixin(
-    CheckpointMixin, PerceptionMixin, RewardMixin, RolloutMixin, BatchMixin, FiniteStepsMixin
+    CheckpointMixin,
+    PerceptionMixin,
+    RewardMixin,
+    RolloutMixin,
+    FallbackMixin,
+    BatchMixin,
+    FiniteStepsMixin,
 ):
     """The methods that replace TRL's; see `accelerate`."""
 
@@ -80,19 +92,22 @@ class _FastMixin(
         rule: AdvantageRule | None = None,
         perception: PerceptionRule | None = None,
     ) -> None:
-        check_trainer(self, _FastMixin)
+        check_trainer(self, _FastMixin, self_check=options.self_check)
         if self.accelerator.num_processes > 1 and options.max_tokens is not None:
             raise InputError(
                 "max_tokens: with several processes a micro-batch is one packed row (DDP expects "
                 "one forward per backward); set per_device_train_batch_size instead"
             )
         self.fast = options
+        self._judge()
+        if perception is not None and self._padded_reason:
+            raise InputError(f"perception needs packed rows: {self._padded_reason}")
         self.perception = perception
         self._checked_models: set[int] = set()
         self._weightless: list[bool] | None = None
         config = self.accelerator.unwrap_model(self.model).config
         ids = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
-        self._placeholder_ids = tuple(i for i in ids if i is not None)
+        self._placeholder_ids = tuple(i for i in ids if i is not None and not self._padded_reason)
         if options.liger_kernels:
             apply_liger_layers(self)
         self.add_callback(OneWriter())
@@ -119,8 +134,19 @@ class _FastMixin(
 
         `fields` are the images' inputs, whichever the model's family has.
         """
-        if compute_aux_loss:
-            raise InputError("router_aux_loss_coef: refused, see fastgrpo.integrations.trl")
+        if self._unserved():
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                num_images=num_images,
+                mm_token_type_ids=mm_token_type_ids,
+                **fields,
+            )
         rows = read_rows(
             input_ids,
             attention_mask,
@@ -196,6 +222,7 @@ class _FastMixin(
             and self.accelerator.num_processes == 1  # `score` is a collective
             and not self._changed("_compute_loss")
             and PERTURBED not in inputs
+            and self._unserved() is None
             and self.beta == 0.0
             and not self._entropy_bonus_enabled
         )

@@ -1,0 +1,107 @@
+"""When the padded path of TRL runs instead of packed rows: judged before training, said once."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+
+import torch
+from trl import GRPOTrainer
+
+from fastgrpo.errors import InputError
+from fastgrpo.integrations.trl.support import fused_forward
+from fastgrpo.models.adapter import Adapter
+from fastgrpo.models.head import effective_head
+
+logger = logging.getLogger(__name__)
+
+TOOL_IMAGES = "a tool returned images inside a completion"
+
+
+class FallbackMixin:
+    """Knows whether a batch is packed: `_unserved()` is None, or the reason why TRL scores it.
+
+    A generation batch is judged as a whole, before its old log-probs are computed, so that old and
+    new ones come from one path.
+    """
+
+    def _judge(self) -> None:
+        """Judge model and options; a reason is logged with its cost, or raised if `strict`."""
+        self._tool_images = {"train": False, "eval": False}
+        self._padded_reason = padded_reason(self)
+        doubt = self._padded_reason
+        extent = "this run computes"
+        if doubt is None and self.tools and self._is_vlm:
+            doubt = "tools of a vision-language model may return images inside a completion"
+            extent = "a batch with one computes"
+        if doubt is None:
+            return
+        if self.fast.strict:
+            raise InputError(f"strict=True: {doubt}")
+        logger.warning(
+            "not packed: %s. So %s log-probabilities by TRL's own padded forward: the numbers are "
+            "TRL's, and each prompt and its images are encoded once per completion, %d times, with "
+            "padding",
+            doubt,
+            extent,
+            self.num_generations,
+        )
+
+    def _unserved(self) -> str | None:
+        """Why the generation batch at hand is TRL's to score; None: it is packed."""
+        return self._padded_reason or (TOOL_IMAGES if self._tool_images[self._mode] else None)
+
+    def _generate_and_score_completions(self, inputs):
+        self._tool_images[self._mode] = False
+        return super()._generate_and_score_completions(inputs)
+
+    def _generate_single_turn(
+        self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
+    ):
+        self._tool_images[self._mode] |= has_tool_images
+        return super()._generate_single_turn(
+            prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+        )
+
+
+def padded_reason(trainer: GRPOTrainer) -> str | None:
+    """What packed rows cannot express of this trainer, the model's family before anything else."""
+    models = [trainer.accelerator.unwrap_model(m) for m in (trainer.model, trainer.ref_model) if m]
+    try:
+        adapters = [Adapter(model) for model in models]
+        for adapter in adapters:
+            if all(p.numel() for p in adapter.head.parameters()):  # not a shard of ZeRO-3
+                with torch.no_grad():
+                    effective_head(adapter.head)
+    except InputError as error:
+        return str(error)
+    for reason in (*map(_foreign_forward, adapters), _option(trainer), adapters[0].dropout()):
+        if reason:
+            return reason
+    return None
+
+
+def _foreign_forward(adapter: Adapter) -> str | None:
+    """A forward that is neither the class's own nor inherited from transformers."""
+    model = adapter.core
+    function = fused_forward(model)
+    function = getattr(function, "__func__", function)
+    own = inspect.getattr_static(type(model), "forward") is function
+    if own and function.__module__.startswith(("transformers.", "transformers_modules.")):
+        return None
+    return (
+        f"{type(model).__name__}.forward is {function.__module__}.{function.__qualname__}, not the "
+        "model's own (Unsloth, Liger's fused loss and verl replace it)"
+    )
+
+
+def _option(trainer: GRPOTrainer) -> str | None:
+    args = trainer.args
+    reasons = {
+        "torch_compile": args.torch_compile and "the packed row changes its length every step",
+        "cast_lm_head_to_fp32": args.cast_lm_head_to_fp32 and "the head has another dtype",
+        "router_aux_loss_coef": trainer.aux_loss_enabled
+        and "a packed row shows each prompt once to the load-balancing loss",
+    }
+    found = ((name, why) for name, why in reasons.items() if why)
+    return next((f"{name}={getattr(args, name)}: {why}" for name, why in found), None)

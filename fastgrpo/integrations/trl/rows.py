@@ -144,7 +144,7 @@ def plan_micro_batches(
     num_steps = 1 if num_batches % batches_per_step else num_batches // batches_per_step
     alive = [rows for rows in groups if any(live[row] for row in rows)]
     dead = [rows for rows in groups if not any(live[row] for row in rows)]
-    steps = _spread(alive, num_steps, len(order) // num_steps)
+    steps = _spread(alive, live, num_steps, len(order) // num_steps)
     _fill(steps, dead, len(order) // num_steps)
     plan: list[int] = []
     for members in steps:
@@ -154,21 +154,30 @@ def plan_micro_batches(
     return plan
 
 
-def _spread(groups: list[list[int]], num_bins: int, room: int) -> list[list[list[int]]]:
-    """The groups, in parts where they must be, each into the bin with the fewest rows so far."""
+def _spread(
+    groups: list[list[int]], live: list[bool], num_bins: int, room: int
+) -> list[list[list[int]]]:
+    """The groups, in parts where they must be, each into the bin with the fewest live rows."""
+
+    def count(parts: list[list[int]]) -> tuple[int, int]:
+        rows = [row for part in parts for row in part]
+        return sum(live[row] for row in rows), len(rows)
+
     parts = list(groups)
-    while 0 < len(parts) < num_bins and max(map(len, parts)) > 1:
-        largest = max(parts, key=len)
+    while 0 < len(parts) < num_bins:
+        largest = max(parts, key=lambda part: count([part]))
+        if count([largest])[0] < 2:
+            break
         parts.remove(largest)
-        half = len(largest) // 2
-        parts += [largest[:half], largest[half:]]
-    parts.sort(key=len, reverse=True)
+        dealt = sorted(largest, key=lambda row: not live[row])  # both halves get live rows
+        parts += [dealt[::2], dealt[1::2]]
+    parts.sort(key=lambda part: count([part]), reverse=True)
     bins: list[list[list[int]]] = [[] for _ in range(num_bins)]
     while parts:
         part = parts.pop(0)
-        bin_ = min(bins, key=lambda b: sum(map(len, b)))
-        free = room - sum(map(len, bin_))
-        bin_.append(part[:free])
+        chosen = min((b for b in bins if count(b)[1] < room), key=count)
+        free = room - count(chosen)[1]
+        chosen.append(part[:free])
         if part[free:]:
             parts.append(part[free:])
     return bins

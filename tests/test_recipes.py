@@ -95,7 +95,7 @@ def rows(recipe, count=2):
     for i in range(count):
         row = {
             "prompt": [{"role": "user", "content": "find the 7"}],
-            "image": Image.fromarray(rng.randint(0, 256, (16, 24, 3), dtype=np.uint8)),
+            "image": Image.fromarray(rng.randint(0, 256, (400, 400, 3), dtype=np.uint8)),
             "problem": "find the 7",
             **recipe.example["columns"],
         }

@@ -7,6 +7,7 @@ from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict
 from trl.trainer.utils import unsplit_pixel_values_by_grid as unsplit_pixel_values
 
+from fastgrpo.integrations.trl.frames import frame_columns, model_frame
 from fastgrpo.integrations.trl.rows import plan_micro_batches
 
 
@@ -16,6 +17,8 @@ class BatchMixin:
     def _tokenize_prompts(self, prompts):
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
         self._grids = _grids_per_row(fields.get("image_grid_thw"), images)
+        frame = model_frame(self.accelerator.unwrap_model(self.model).config)
+        self._frames = images and frame_columns(frame, self.processing_class, images, fields)
         if images is not None and not self.use_vllm:
             # Processors take [] for a prompt without images; TRL's None ends in a TypeError.
             images = [row or [] for row in images]

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastgrpo.advantages import paired_gate
 from fastgrpo.advantages.rule import AdvantageRule
+from fastgrpo.integrations.trl.first_batches import FirstBatches
 from fastgrpo.integrations.trl.guard import INFINITE, RewardGuard
 from fastgrpo.integrations.trl.reward_state import load_state_from, save_state_into
 from fastgrpo.ops.group_advantages import group_advantages
@@ -35,8 +36,10 @@ class RewardMixin:
         self._unguarded: list[Callable] = list(self.reward_funcs)
         self._rewards: Tensor | None = None
         self._grids: list | None = None
+        self._frames: list[dict] | None = None
         self._batch_rows: list[dict] = []
         self._logged_reasons: set[str] = set()
+        self._first = FirstBatches()
         self._guard = RewardGuard(self.fast.reward_timeout)
         if self.fast.guard_rewards:
             self.reward_funcs = [
@@ -64,6 +67,15 @@ class RewardMixin:
                 {"image_grid_thw": grid} | row
                 for grid, row in zip(self._grids, inputs, strict=True)
             ]
+        if self._frames and len(self._frames) == len(inputs):
+            keys = dict.fromkeys(key for row in self._frames for key in row)
+            blank = dict.fromkeys(keys)
+            inputs = [
+                blank | frames | row for frames, row in zip(self._frames, inputs, strict=True)
+            ]
+        training = self.fast.guard_rewards and self._mode == "train"
+        if training:
+            self._first.ask_truth(self._unguarded, inputs, self._group_size, self.state)
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         device, names = rewards.device, self.reward_func_names
         infinite = rewards.isinf()  # from a reward model: functions are guarded one by one
@@ -87,6 +99,8 @@ class RewardMixin:
         for reason in sorted(set(reasons) - {None} - self._logged_reasons):
             self._logged_reasons.add(reason)
             logger.warning("rows set aside while training (%s): no reward, advantage 0", reason)
+        if training:
+            self._first.watch(rewards, names)
         self._rewards = rewards
         return rewards
 

@@ -139,7 +139,7 @@ class Reward:
 
     `.name` is the registry's name, `.__name__` what trainers log it under, `.columns` the columns
     it needs, `.optional` those it uses when present, `.range` its lowest and highest value,
-    `.compat` "fixed" or "upstream", `.params` its settings.
+    `.compat` "fixed" or "upstream", `.params` its settings, `.framed` whether it reads frames.
     """
 
     def __init__(self, spec: Spec, compat: str, params: dict[str, Any]):
@@ -155,7 +155,7 @@ class Reward:
         self.compat, self.params, self._spec = compat, {**settings_of(spec, compat), **params}, spec
         self._score, self._batched = score, batched
         self._run_kwargs = tuple(k for k in _RUN_KWARGS if k in accepted)
-        self._framed = "frames" in accepted
+        self.framed = "frames" in accepted
         self._columns = tuple(c for c in (*spec.columns, *spec.optional) if c in accepted)
         self._settings = {k: v for k, v in self.params.items() if k in accepted}
 
@@ -193,6 +193,25 @@ class Reward:
         """The frames of `size` rows, as the scorer is handed them."""
         return frames.row_frames(columns, size, self.params)
 
+    @property
+    def prescribed_frame(self) -> str | None:
+        """The frame that the answer's own format prescribes, whatever the model's family."""
+        return self._spec.params.get("answer_frame")
+
+    @property
+    def makes_truth(self) -> bool:
+        """Whether `truth` makes an answer."""
+        return self._spec.truth is not None
+
+    def truth(self, columns: dict[str, Any], row: frames.RowFrames) -> str:
+        """The answer made from one row's columns that must reach the top; see `makes_truth`.
+
+        `row` says the frame to write it in. Raises BadColumn for a solution that cannot be used.
+        """
+        names = (*self.columns, *self.optional)
+        given = {k: columns[k] for k in names if columns.get(k) is not None}
+        return self._spec.truth(**{"solution": None} | given, frames=row)
+
     def _upstream(self, completions, given, settings) -> list[Any]:
         texts = [completion_text(c) for c in completions]
         texts = ["" if too_long(text) else text for text in texts]
@@ -220,7 +239,7 @@ class Reward:
         if len(readable) < len(completions):
             given = {k: [v[i] for i in readable] for k, v in given.items()}
         rows = {k: given[k] for k in self._columns if k in given}
-        if self._framed:
+        if self.framed:
             rows["frames"] = self.frames_of(given, len(texts))
         scored = self._scores(texts, rows, settings)
         for i, value in zip(readable, scored, strict=True):

@@ -1,0 +1,72 @@
+"""What a reward is told about its row: the sizes of its images, the frame the model answers in.
+
+The columns are those of `fastgrpo.rewards.geometry.frames`; a column of the data set of the same
+name is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastgrpo.images import ImageFault, image_size
+from fastgrpo.models import families
+from fastgrpo.rewards.geometry.frames import Size
+
+# A family's convention, as `fastgrpo.models.Coordinates` names it, in the words of the rewards.
+_FRAMES = {
+    ("pixels", "xyxy"): "seen",
+    ("thousandths", "xyxy"): "thousandths",
+    ("thousandths", "yxyx"): "thousandths_yx",
+    ("1024ths", "yxyx"): "locations",
+}
+
+
+def model_frame(config: Any) -> str | None:
+    """The frame the family of a model config writes boxes in; None where it states none."""
+    family = families().get(getattr(config, "model_type", None))
+    stated = None if family is None else family.coordinates
+    return None if stated is None else _FRAMES[stated.frame, stated.order]
+
+
+def frame_columns(
+    frame: str | None, processor: Any, images: Sequence[Sequence | None], fields: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """`model_frame`, `image_sizes` and `seen_sizes` of each row, {} for a row without images.
+
+    `images` are each row's as the processor was given them, `fields` what it returned for all of
+    them, one after another. Sizes are (width, height), None where not known.
+    """
+    seen = iter(seen_sizes(processor, fields, sum(len(row or ()) for row in images)))
+    rows = []
+    for row in images:
+        sizes = {"image_sizes": [_upright(image) for image in row or ()]}
+        sizes["seen_sizes"] = [next(seen) for _ in row or ()]
+        rows.append({"model_frame": frame, **sizes} if row else {})
+    return rows
+
+
+def _upright(image: Any) -> Size | None:
+    try:
+        return image_size(image)
+    except ImageFault:
+        return None
+
+
+def seen_sizes(processor: Any, fields: Mapping[str, Any], count: int) -> list[Size | None]:
+    """(width, height) in pixels of each of `count` images as the processor resized it."""
+    grids, pixels = fields.get("image_grid_thw"), fields.get("pixel_values")
+    patch = getattr(getattr(processor, "image_processor", processor), "patch_size", None)
+    if grids is not None and isinstance(patch, int):
+        sizes = [(width * patch, height * patch) for _, height, width in _listed(grids)]
+    elif pixels is not None and getattr(pixels, "ndim", 0) == 4 and len(pixels) == count:
+        sizes = [(pixels.shape[3], pixels.shape[2])] * count
+    else:
+        sizes = []
+    return sizes if len(sizes) == count else [None] * count
+
+
+def _listed(grids: Any) -> list[list[int]]:
+    return torch.as_tensor(grids).reshape(-1, 3).tolist()

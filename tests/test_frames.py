@@ -1,0 +1,272 @@
+"""Every reward that compares boxes or points, in every frame: the truth is paid the top."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastgrpo import InputError, rewards
+from fastgrpo.rewards.geometry.frames import FRAMES, RowFrames, convert, row_frames
+from fastgrpo.rewards.read.faults import BadColumn
+
+SIZE, SEEN = (320, 240), (448, 280)  # width and height; resized by 1.4 and by 7 / 6
+BOX, MOVED = [80, 60, 160, 180], [120, 60, 200, 180]  # moved by half its width: IoU 1 / 3
+FAR = [200, 30, 300, 90]
+STATED = ("image", "seen", "thousandths", "unit", "thousandths_yx")
+
+
+def by_hand(box, frame, size=SIZE, seen=SEEN):
+    """A box in pixels of the image as it reads in another frame."""
+    x1, y1, x2, y2 = box
+    width, height = size
+    across, down = {
+        "image": (1, 1),
+        "seen": (seen[0] / width, seen[1] / height),
+        "thousandths": (1000 / width, 1000 / height),
+        "thousandths_yx": (1000 / width, 1000 / height),
+        "unit": (1 / width, 1 / height),
+    }[frame]
+    scaled = [x1 * across, y1 * down, x2 * across, y2 * down]
+    return [scaled[i] for i in (1, 0, 3, 2)] if frame.endswith("_yx") else scaled
+
+
+def listed(boxes):
+    return json.dumps([{"bbox_2d": box, "label": f"c{i}"} for i, box in enumerate(boxes)])
+
+
+def answered(content):
+    return f"<think>\nt\n</think>\n<answer>\n{content}\n</answer>"
+
+
+def one_box(boxes):
+    return answered(json.dumps({"bbox_2d": boxes[0]}))
+
+
+def detections(boxes):
+    return answered(f"```json\n{listed(boxes)}\n```")
+
+
+def positions(boxes):
+    return answered(str([{"Position": box, "Confidence": 1.0} for box in boxes]))
+
+
+def looked(boxes):
+    return f"<look>{listed(boxes)}</look>{detections(boxes)}"
+
+
+def objects(boxes):
+    return [{"bbox_2d": b, "point_2d": [(b[0] + b[2]) / 2, (b[1] + b[3]) / 2]} for b in boxes]
+
+
+def thought_twice(boxes):
+    items = json.dumps([{**item, "affordance": ""} for item in objects(boxes)])
+    return f"<think>t</think><rethink>r</rethink><answer>{items}</answer>"
+
+
+def pairs(boxes):
+    return [[f"c{i}", box] for i, box in enumerate(boxes)]
+
+
+LOW = {"iou_threshold": 0.3}
+# name, settings, columns, what an answer and a solution look like, value of the two boxes with the
+# first one moved by half its width (its IoU and GIoU are 1 / 3).
+TABLE = [
+    ("vlm_r1/iou", {}, {}, one_box, lambda b: b[0], 1 / 3),
+    ("vlm_r1/iou_internvl", {}, {}, one_box, lambda b: json.dumps(b[0]), 1 / 3),
+    ("vlm_r1/iou_glm", {}, {}, one_box, lambda b: f"<answer>{b[0]}</answer>", 1 / 3),
+    ("vlm_r1/map", {}, {}, detections, detections, 1 / 2),
+    ("vlm_r1/map50", {}, {}, detections, detections, 1 / 2),
+    ("vlm_r1/od_ap", {}, {}, detections, detections, 1 / 2),
+    ("vlm_r1/od_ap50", {}, {}, detections, detections, 1 / 2),
+    ("vlm_r1/od_length", {}, {}, detections, detections, 1 / 2),
+    ("vlm_r1/odLength", {}, {}, detections, detections, 1 / 2),
+    ("vlm_r1/weighted_sum", LOW, {}, detections, detections, 0.7 * (1 / 3 + 1) / 2 + 0.3),
+    ("vlm_r1/accuracy", {}, {"accu_reward_method": "od_ap"}, detections, detections, 1 / 2),
+    ("vlm_r1/cosine_accuracy", {}, {"completion_ids": []}, detections, detections, 0.0),
+    ("visual_rft/iou", LOW, {}, positions, positions, (1 / 3 + 1) / 2),
+    ("visual_rft/confidence", {}, {}, positions, positions, 1 / 2),
+    ("visual_rft/giou", {}, {}, one_box, lambda b: f"<answer>{b[0]}</answer>", 4 / 3),
+    ("v_triune/detection", {"iou_threshold": 0.5}, {}, lambda b: answered(listed(b)),
+     lambda b: answered(listed(b)), 0.7 / 2 + 0.3 / 2),
+    ("v_triune/total", {"iou_threshold": 0.5}, {}, lambda b: answered(listed(b)),
+     lambda b: answered(listed(b)), (0.5 + 0.1) / 1.1),
+    ("vision_r1/precision", {}, {}, listed, pairs, (1 / 3 + 1) / 2),
+    ("vision_r1/recall", {}, {}, listed, pairs, 1 / 2),
+    ("perception_r1/grounding", {}, {}, one_box, lambda b: b[0], 1 / 9),
+    ("curr_reft/stage3", {}, {"task": "detection"}, one_box,
+     lambda b: f"<answer>{b[0]}</answer>", 0.0),
+    ("affordance_r1/accuracy", {}, {}, thought_twice, objects, 3 / 2),
+    ("affordance_r1/total", {}, {}, thought_twice, lambda b: json.dumps(objects(b)),
+     4 + 3 / 2 + 3),
+    ("dip_r1/precision_recall", {}, {}, detections, detections, 1 / 2),
+    ("dip_r1/look", {}, {}, looked, detections, 1 / 2),
+    ("grip/weighted_iou", {}, {}, detections, detections, (1 / 3 + 1) / 2),
+    ("vlaa_thinking/rule", {}, {"problem_type": "iou"}, one_box, lambda b: b[0], 1 / 3),
+]  # fmt: skip
+
+
+def test_the_table_holds_every_reward_that_reads_frames():
+    framed = {n for n in rewards.names() if "model_frame" in rewards.get(n).optional}
+    assert framed == {row[0] for row in TABLE} | {"magicgui/action"}
+
+
+def exif(size):
+    """A photo of `size` upright, stored on its side."""
+    image = Image.new("RGB", (size[1], size[0]))
+    image.getexif()[0x0112] = 6
+    return image
+
+
+OTHER = ((100, 500), (56, 280))
+SITUATIONS = {
+    "one image": {"image_sizes": [SIZE], "seen_sizes": [SEEN]},
+    "first of two": {
+        "image_sizes": [SIZE, OTHER[0]], "seen_sizes": [SEEN, OTHER[1]], "image_index": 0,
+    },
+    "second of two": {
+        "image_sizes": [OTHER[0], SIZE], "seen_sizes": [OTHER[1], SEEN], "image_index": 1,
+    },
+    "two of one size": {"image_sizes": [SIZE, SIZE], "seen_sizes": [SEEN, SEEN]},
+    "a photo on its side": {"images": [exif(SIZE)], "seen_sizes": [SEEN]},
+    "the data's own size": {
+        "image_size": list(SIZE), "images": [Image.new("RGB", (9, 7))], "seen_sizes": [SEEN],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("row", TABLE, ids=[row[0] for row in TABLE])
+def test_truth_is_paid_the_top_and_a_moved_box_its_overlap(row, situation):
+    name, settings, columns, answer, solution, moved = row
+    function = rewards.get(name, **settings)
+    top = {"vlm_r1/cosine_accuracy": 1.0}.get(name, function.range[1])
+    for said, truth in itertools.product(STATED, STATED):
+        given = {
+            "solution": solution([by_hand(BOX, truth), by_hand(FAR, truth)]),
+            "solution_frame": truth, "model_frame": said, **columns, **SITUATIONS[situation],
+        }  # fmt: skip
+        given = {key: [value] * 2 for key, value in given.items()}
+        texts = [answer([by_hand(box, said), by_hand(FAR, said)]) for box in (BOX, MOVED)]
+        values = function(["one group", "another"], texts, **given)
+        assert values == pytest.approx([top, moved], abs=1e-6), (said, truth)
+
+
+def test_rounded_thousandths_are_right_within_their_rounding():
+    box = [81, 61, 163, 177]
+    said = [round(v) for v in by_hand(box, "thousandths")]
+    columns = {"solution": [box], "model_frame": ["thousandths"], "image_sizes": [[SIZE]]}
+    (value,) = rewards.get("vlm_r1/iou")(None, [f"<answer>{said}</answer>"], **columns)
+    assert 0.98 < value < 1
+
+
+def test_a_column_beats_a_setting_and_a_setting_the_family():
+    text = f"<answer>{by_hand(BOX, 'unit')}</answer>"
+    sizes = {"solution": [BOX], "image_sizes": [[SIZE]], "seen_sizes": [[SEEN]]}
+    get = rewards.get
+
+    def value(function, **columns):
+        return function(None, [text], **sizes, **columns)[0]
+
+    family = {"model_frame": ["thousandths"]}
+    assert value(get("vlm_r1/iou"), **family) < 0.01
+    assert value(get("vlm_r1/iou", answer_frame="unit"), **family) == pytest.approx(1)
+    seen = get("vlm_r1/iou", answer_frame="seen")
+    assert value(seen, answer_frame=["unit"], **family) == pytest.approx(1)
+    assert value(seen, answer_frame=[None], **family) < 0.01
+    with pytest.raises(InputError, match="expected one of image, seen"):
+        value(get("vlm_r1/iou", answer_frame="pixels"))
+    with pytest.raises(InputError, match="got 'percent'"):
+        value(seen, answer_frame=["percent"])
+
+
+def test_rows_of_a_batch_keep_their_own_frames():
+    boxes = [by_hand(BOX, frame) for frame in ("image", "seen", "thousandths")]
+    columns = {
+        "solution": [BOX] * 3,
+        "answer_frame": ["image", "seen", "thousandths"],
+        "image_sizes": [[SIZE]] * 3,
+        "seen_sizes": [None, [SEEN], [None]],
+    }
+    texts = [f"<answer>{box}</answer>" for box in boxes]
+    assert rewards.get("vlm_r1/iou")(None, texts, **columns) == pytest.approx([1, 1, 1])
+    swapped = rewards.get("vlm_r1/iou")(None, texts[::-1], **columns)
+    assert max(swapped[0], swapped[2]) < 0.5
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"image_sizes": [SIZE, OTHER[0]], "seen_sizes": [SEEN, OTHER[1]]},  # which of the two?
+        {"image_sizes": [SIZE]},  # the size seen is not known
+        {"image_sizes": [SIZE], "seen_sizes": [None]},
+        {"seen_sizes": [SEEN]},  # the size of the image is not known
+        {"image_path": ["no/such/file.png"], "seen_sizes": [SEEN]},
+        {"image_sizes": [SIZE], "seen_sizes": [SEEN, SEEN]},
+        {"image_sizes": [SIZE], "seen_sizes": [SEEN], "image_index": 1},
+    ],
+)
+@pytest.mark.parametrize("row", TABLE, ids=[row[0] for row in TABLE])
+def test_what_is_not_known_is_not_scored(row, columns):
+    name, settings, own, answer, solution, _ = row
+    given = {"model_frame": "seen", "solution": solution([BOX, FAR]), **own, **columns}
+    text = answer([by_hand(BOX, "seen"), by_hand(FAR, "seen")])
+    rewards.reset_stats()
+    value = rewards.get(name, **settings)(None, [text], **{k: [v] for k, v in given.items()})
+    assert value == [None]
+    reasons = " ".join(rewards.stats()[name])
+    assert "bad_column" in reasons and ("frame" in reasons or "image_index" in reasons)
+
+
+def test_published_behaviour_never_converts():
+    columns = {"solution": [f"<answer>{BOX}</answer>"], "model_frame": ["thousandths"]}
+    columns |= {"image_sizes": [[SIZE]], "seen_sizes": [[SEEN]]}
+    text = f"<answer>{BOX}</answer>"
+    # The -1/+1 convention: 79 x 119 pixels and the row and column of +1, over twice the area less.
+    inter = 80 * 120
+    assert rewards.get("vlm_r1/iou", compat="upstream")(None, [text], **columns) == [
+        inter / (2 * 80 * 120 - inter)
+    ]
+
+
+def test_points_of_an_action_are_thousandths_whatever_the_family():
+    function = rewards.get("magicgui/action")
+    solution = {"type": "click", "point": [0.25, 0.5], "boxes": [[0.45, 0.2, 0.1, 0.1]]}
+    columns = {"solution": [solution], "model_frame": ["seen"], "image_sizes": [[SIZE]]}
+    assert function(None, ['{"POINT": [250, 500]}'], **columns) == [1.0]
+    pixels = rewards.get("magicgui/action", answer_frame="image", solution_frame="image")
+    x, y = 80, 120
+    in_pixels = {"type": "click", "point": [x, y], "boxes": [[108, 64, 24, 32]]}
+    columns = {"solution": [in_pixels], "image_sizes": [[SIZE]]}
+    assert pixels(None, [f'{{"POINT": [{x}, {y}]}}'], **columns) == [1.0]
+    assert pixels(None, ['{"POINT": [200, 20]}'], **columns) == [0.5]
+
+
+@pytest.mark.parametrize(("source", "target"), list(itertools.product(FRAMES, FRAMES)))
+def test_conversion_there_and_back_is_the_same_box(source, target):
+    sizes = {"image": SIZE, "seen": SEEN}
+    box = [3.0, 5.0, 7.0, 11.0]
+    there = convert(box, source, target, **sizes)
+    assert convert(there, target, source, **sizes) == pytest.approx(box)
+    table = np.array([box, box]).reshape(2, 4)
+    assert convert(table, source, target, **sizes) == pytest.approx(np.array([there, there]))
+    centre = np.array([box[:2], box[2:]])
+    assert convert(centre, source, target, **sizes).reshape(-1) == pytest.approx(there)
+    assert convert(np.empty((0, 4)), source, target, **sizes).shape == (0, 4)
+
+
+def test_location_tokens_are_a_box_written_y_first():
+    said = "<loc0256><loc0512><loc0768><loc1023> cat"
+    box = [512 / 1024 * 320, 256 / 1024 * 240, 1023 / 1024 * 320, 768 / 1024 * 240]
+    columns = {"solution": [box], "model_frame": ["locations"], "image_sizes": [[SIZE]]}
+    value = rewards.get("vlm_r1/iou")(None, [f"<answer>{said}</answer>"], **columns)
+    assert value == [pytest.approx(1)]
+
+
+def test_a_frame_is_needed_only_where_it_is_used():
+    assert row_frames({"solution": [BOX]}, 1, {})[0].to_solution(BOX) == BOX
+    same = RowFrames("thousandths", "thousandths", {})
+    assert same.to_solution(BOX) == BOX
+    with pytest.raises(BadColumn, match="size of the image"):
+        same.answer_in("image", BOX)

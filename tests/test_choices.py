@@ -12,7 +12,8 @@ OPTIONS = {"A": "a cat", "B": "A red car", "C": "vitamin C", "D": "I am not sure
     ("text", "letters"),
     [
         # alone
-        ("B", "B"), ("b", "B"), ("(B)", "B"), ("[b]", "B"), ("B.", "B"), ("B。", "B"), ("Ｂ。", "B"),
+        ("B", "B"), ("b", "B"), ("(B)", "B"), ("[b]", "B"), ("B.", "B"), ("B。", "B"),
+        ("Ｂ。", "B"),
         ("**B**", "B"), ("$B$", "B"), ("\\text{B}", "B"), (" B \n", "B"), ("（Ｂ）", "B"),
         # several
         ("A, C", "AC"), ("C,A", "AC"), ("A and C", "AC"), ("A/C", "AC"), ("A; C", "AC"),

@@ -154,7 +154,7 @@ def _head(line: str) -> tuple[str, str] | None:
     following = after[:1]
     if stop in ")]}.:、。":
         # The rest of an abbreviation (U.S., e.g.) is a lone letter or follows a small one.
-        word = not following.isalpha() or after[1:2].isalnum() or after[:2] in ("A ", "I ")
+        word = not following.isalpha() or after[1:2].isalnum() or after[:2] in ("A ", "I ", "a ")
         sets_off = not following or following.isspace() or not following.isascii()
         if sets_off or (letter.isupper() and word):
             return letter.upper(), after.strip()

@@ -69,6 +69,9 @@ class FastGRPOConfig(GRPOConfig):
         None, "Sample in packed rows; default: wherever they obey every generation setting."
     )
     strict: bool = _option(False, "Refuse what packed rows cannot express; TRL computes it else.")
+    max_generation_batches: int = _option(
+        1, "Above 1: groups without a gradient give way to fresh prompts, up to so many batches."
+    )
     liger_kernels: bool = _option(False, "liger-kernel's layers (not its loss), CUDA only.")
     max_skipped_steps: int = _option(
         10, "Steps in a row whose gradient is not finite before the run ends."

@@ -34,7 +34,7 @@ class BatchMixin:
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
-            batch = _take_rows(split_pixel_values_by_grid(batch), self._row_order(batch))
+            batch = take_rows(split_pixel_values_by_grid(batch), self._row_order(batch))
             self._buffered_inputs = [
                 unsplit_pixel_values(chunk) for chunk in split_tensor_dict(batch, steps)
             ]
@@ -92,7 +92,7 @@ def _grids_per_row(grids, images: list | None) -> list | None:
     return [row if len(row) == 1 else None for row in rows]
 
 
-def _take_rows(batch: dict, order: list[int]) -> dict:
+def take_rows(batch: dict, order: list[int]) -> dict:
     """The batch with its rows in `order`; scalars and absent fields as they are."""
 
     def take(value):

@@ -17,6 +17,7 @@ from fastgrpo.integrations.trl.checkpoints import CheckpointMixin
 from fastgrpo.integrations.trl.fallback import FallbackMixin
 from fastgrpo.integrations.trl.interruptions import FiniteStepsMixin, OneWriter, SaveOnTerm
 from fastgrpo.integrations.trl.perception import PERTURBED, PerceptionMixin
+from fastgrpo.integrations.trl.resampling import ResamplingMixin
 from fastgrpo.integrations.trl.rewarding import RewardMixin
 from fastgrpo.integrations.trl.rollout import RolloutMixin
 from fastgrpo.integrations.trl.rows import (
@@ -59,6 +60,8 @@ class FastOptions:
     `max_skipped_steps`: steps in a row whose gradient is not finite before the run ends.
     `strict`: raise where a packed row cannot express the model, an option or a tool's images, which
     TRL's own padded path computes otherwise, with one line that says so.
+    `max_generation_batches`: above 1, groups without a gradient are replaced by groups of fresh
+    prompts until the batch is full or so many batches were sampled for it (DAPO).
     """
 
     max_tokens: int | None = None
@@ -73,10 +76,12 @@ class FastOptions:
     liger_kernels: bool = False
     max_skipped_steps: int = 10
     strict: bool = False
+    max_generation_batches: int = 1
 
 
 class _FastMixin(
     CheckpointMixin,
+    ResamplingMixin,
     PerceptionMixin,
     RewardMixin,
     RolloutMixin,
@@ -102,6 +107,7 @@ class _FastMixin(
         self._judge()
         if perception is not None and self._padded_reason:
             raise InputError(f"perception needs packed rows: {self._padded_reason}")
+        self._check_resampling()
         self.perception = perception
         self._checked_models: set[int] = set()
         self._weightless: list[bool] | None = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 
 from fastgrpo.errors import InputError
@@ -14,27 +15,45 @@ from fastgrpo.errors import InputError
 def staged(stages: Sequence, *, seed: int | None = None, epochs: Sequence[int] | None = None):
     """One `datasets.Dataset` that goes through `stages` in order, for `shuffle_dataset=False`.
 
-    Each stage is shuffled in itself by `seed` (None keeps its order, as RewardMap's data sorted by
-    difficulty) and repeated `epochs[i]` times, shuffled anew each time. All stages need the same
-    columns. A stage's rows can carry their own reward columns, such as VLM-R1's
-    `accu_reward_method`.
+    See `in_stages`. All stages need the same columns. A stage's rows can carry their own reward
+    columns, such as VLM-R1's `accu_reward_method`.
     """
     from datasets import concatenate_datasets
 
     if not stages:
         raise InputError("stages: expected at least one dataset")
-    epochs = [1] * len(stages) if epochs is None else list(epochs)
-    if len(epochs) != len(stages):
-        raise InputError(f"epochs: expected {len(stages)} values, got {len(epochs)}")
     columns = set(stages[0].column_names)
-    parts = []
-    for i, (stage, repeats) in enumerate(zip(stages, epochs, strict=True)):
+    for i, stage in enumerate(stages):
         if set(stage.column_names) != columns:
             odd = columns.symmetric_difference(stage.column_names)
             raise InputError(f"stages[{i}]: columns differ from the first stage: {sorted(odd)}")
+    sizes = [len(stage) for stage in stages]
+    return in_stages(concatenate_datasets(list(stages)), sizes, seed=seed, epochs=epochs)
+
+
+def in_stages(
+    dataset, sizes: Sequence[int], *, seed: int | None = None, epochs: Sequence[int] | None = None
+):
+    """`dataset`, whose first `sizes[0]` rows are stage 0 and so on, with its stages in order.
+
+    Each stage is shuffled in itself by `seed` (None keeps its order, as RewardMap's data sorted by
+    difficulty) and repeated `epochs[i]` times, shuffled anew each time.
+    """
+    epochs = [1] * len(sizes) if epochs is None else list(epochs)
+    if len(epochs) != len(sizes):
+        raise InputError(f"epochs: expected {len(sizes)} values, got {len(epochs)}")
+    if any(repeats < 0 for repeats in epochs) or not any(epochs):
+        raise InputError(f"epochs: expected counts of which one is above 0, got {epochs}")
+    order, first = [], 0
+    for i, (size, repeats) in enumerate(zip(sizes, epochs, strict=True)):
         for epoch in range(repeats):
-            parts.append(stage if seed is None else stage.shuffle(seed=seed + 1000 * i + epoch))
-    return concatenate_datasets(parts)
+            if seed is None:
+                rows = np.arange(size)
+            else:
+                rows = np.random.default_rng([seed, i, epoch]).permutation(size)
+            order += (first + rows).tolist()
+        first += size
+    return dataset.select(order)
 
 
 class GrowingDataset(TorchDataset):
@@ -42,10 +61,17 @@ class GrowingDataset(TorchDataset):
 
     A trainer asks for the length once, so `length` is nominal: it sets the length of an epoch, and
     index i reads row i modulo the number of rows there are by then. Rows added early are visited
-    like all others. Safe for several threads.
+    like all others. `opened` turns the row that is read into what the trainer gets. Safe for
+    several threads.
     """
 
-    def __init__(self, rows: Iterable[dict[str, Any]], length: int):
+    def __init__(
+        self,
+        rows: Iterable[dict[str, Any]],
+        length: int,
+        opened: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ):
+        self._opened = opened
         self._rows = list(rows)
         self._lock = threading.Lock()
         if not self._rows:
@@ -78,7 +104,8 @@ class GrowingDataset(TorchDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         with self._lock:
-            return self._rows[index % len(self._rows)]
+            row = self._rows[index % len(self._rows)]
+        return self._opened(row)
 
 
 class DataFeed:

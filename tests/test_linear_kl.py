@@ -30,7 +30,7 @@ def naive(h_p, w_p, h_q, w_q, T):
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-@pytest.mark.parametrize("workspace", [None, 0.001])
+@pytest.mark.parametrize("workspace", [None, 0.001])  # kept, and made again
 def test_value_and_every_gradient(impl, workspace):
     inputs = streams()
     kl, grads = run(inputs, impl, temperature=0.7, workspace_mb=workspace)
@@ -104,7 +104,9 @@ def test_opcheck_and_fullgraph():
     from fastgrpo.ops.linear import kl as module
 
     inputs = [x.requires_grad_() for x in streams(torch.float32)]
-    torch.library.opcheck(torch.ops.fastgrpo.linear_kl.default, (*inputs, 0.7, None, "torch"))
+    for keep in ([True, True], [False, True], [False, False]):
+        args = (*inputs, 0.7, None, "torch", keep)
+        torch.library.opcheck(torch.ops.fastgrpo.linear_kl.default, args)
     compiled = torch.compile(fg.linear_kl, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), module.linear_kl(*inputs))
 

@@ -4,13 +4,14 @@ Letters: N rows, D hidden size, V vocabulary, C rows of a chunk.
 """
 
 import importlib
+from collections.abc import Iterator
 
 import torch
 
 from fastgrpo.checks import check_positive, check_tensor
 from fastgrpo.errors import InputError
-from fastgrpo.ops.linear.head import chunk_rows
 from fastgrpo.ops.linear.inputs import whole_weight
+from fastgrpo.ops.linear.memory import chunk_rows, keeps
 from fastgrpo.ops.select import select
 from fastgrpo.reference import linear_kl as reference
 
@@ -32,12 +33,15 @@ def linear_kl(
 
     Args:
         hidden_p: (N, D), weight_p: (V, D); hidden_q: (N, E), weight_q: (V, E); one dtype.
-        temperature: T > 0. workspace_mb: memory for the two chunks of logits (default 128,
-            at least 512 rows; on a GPU 4096 rows).
+        temperature: T > 0. workspace_mb: memory for the two chunks of logits (default 128, at
+            least 512 rows; on a GPU 4096 rows, fewer where memory is short), and for keeping their
+            (N, V) gradients (default 512, on a GPU a sixteenth of its memory if that is free).
         impl: "reference", "torch" or "triton".
 
     Returns (N,) float32 (float64 from float64 inputs), differentiable in all four inputs: two
-    matmuls, and in backward two more plus one for each gradient wanted. A token impossible under
+    matmuls, and one for each gradient wanted. Where the gradients of the logits do not fit the
+    workspace, backward makes the logits again: two matmuls more, by which it is slower than plain
+    PyTorch where that has the memory for ten (N, V) tensors. A token impossible under
     q but not under p makes its row +inf; a row with NaN or inf is NaN and touches no other.
     """
     weight_p, weight_q = whole_weight(weight_p), whole_weight(weight_q)
@@ -57,7 +61,25 @@ def linear_kl(
         return reference.linear_kl(hidden_p, weight_p, hidden_q, weight_q, temperature)
     chosen = "torch" if hidden_p.dtype == torch.float64 else chosen
     inputs = (hidden_p, weight_p, hidden_q, weight_q)
-    return _linear_kl(*inputs, float(temperature), workspace_mb, chosen)
+    keep = _streams_to_keep(inputs, workspace_mb, chosen)
+    return _linear_kl(*inputs, float(temperature), workspace_mb, chosen, keep)[0]
+
+
+def _streams_to_keep(
+    inputs: tuple[torch.Tensor, ...], workspace_mb: float | None, impl: str
+) -> list[bool]:
+    """Whether the gradient of p's and of q's logits is kept for backward."""
+    hidden, weight = inputs[:2]
+    wanted = [any(x.requires_grad for x in inputs[i : i + 2]) for i in (0, 2)]
+    itemsize = 2 if _half(hidden, impl) else max(4, hidden.dtype.itemsize)
+    sizes = (sum(wanted) * hidden.shape[0], weight.shape[0], itemsize)
+    fit = torch.is_grad_enabled() and keeps(*sizes, workspace_mb, hidden.device)
+    return [fit and w for w in wanted]
+
+
+def _half(hidden: torch.Tensor, impl: str) -> bool:
+    """bfloat16 matmuls accumulate and return float32; they need the kernels' bfloat16 gradients."""
+    return hidden.dtype == torch.bfloat16 and hidden.device.type == "cuda" and impl == "triton"
 
 
 @torch.library.custom_op("fastgrpo::linear_kl", mutates_args=())
@@ -69,22 +91,36 @@ def _linear_kl(
     temperature: float,
     workspace_mb: float | None,
     impl: str,
-) -> torch.Tensor:
+    keep: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(KL, its gradients by the logits of p and q: (N, V), or (0, V) where not kept)."""
     pair = _Pair(hidden_p, weight_p, hidden_q, weight_q, temperature, workspace_mb, impl)
-    kl = hidden_p.new_empty(len(hidden_p), dtype=pair.dtype)
+    kl, *kept = _outputs(hidden_p, weight_p, impl, keep)
     for rows, z_p, z_q in pair:
         if impl == "triton":
             kl[rows] = _kernels().kl_of_logits(z_p, z_q)
-            continue
-        for part in pair.blocks(len(z_p)):
-            kl[rows][part] = kl_of_logits(z_p[part], z_q[part])
-    return kl
+            if any(keep):
+                z_p, z_q = pair.logit_gradients_(z_p, z_q, kl[rows])
+        else:
+            of_block = _kl_and_gradients_ if any(keep) else kl_of_logits
+            for part in pair.blocks(len(z_p)):
+                kl[rows][part] = of_block(z_p[part], z_q[part])
+        for k, dz, z in zip(keep, kept, (z_p, z_q), strict=True):
+            if k:
+                dz[rows] = z
+    return kl, *kept
 
 
 @_linear_kl.register_fake
-def _(hidden_p, weight_p, hidden_q, weight_q, temperature, workspace_mb, impl):
-    dtype = torch.promote_types(hidden_p.dtype, torch.float32)
-    return hidden_p.new_empty(hidden_p.shape[0], dtype=dtype)
+def _(hidden_p, weight_p, hidden_q, weight_q, temperature, workspace_mb, impl, keep):
+    return _outputs(hidden_p, weight_p, impl, keep)
+
+
+def _outputs(hidden, weight, impl, keep) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    N, V, wide = hidden.shape[0], weight.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+    dtype = torch.bfloat16 if _half(hidden, impl) else wide
+    kept = (hidden.new_empty(N if k else 0, V, dtype=dtype) for k in keep)
+    return hidden.new_empty(N, dtype=wide), *kept
 
 
 @torch.library.custom_op("fastgrpo::linear_kl_backward", mutates_args=())
@@ -95,9 +131,12 @@ def _linear_kl_backward(
     hidden_q: torch.Tensor,
     weight_q: torch.Tensor,
     kl: torch.Tensor,
+    dz_p: torch.Tensor,
+    dz_q: torch.Tensor,
     temperature: float,
     workspace_mb: float | None,
     impl: str,
+    keep: list[bool],
     need: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = (hidden_p, weight_p, hidden_q, weight_q)
@@ -106,37 +145,41 @@ def _linear_kl_backward(
         torch.zeros_like(x, dtype=pair.dtype) if n else x.new_empty(0, dtype=pair.dtype)
         for x, n in zip(inputs, need, strict=True)
     ]
-    for rows, z_p, z_q in pair:
-        g = dkl[rows] / temperature
-        if impl == "triton":
-            dtype = pair.weight_p.dtype
-            z_p, z_q = _kernels().logit_gradients_(z_p, z_q, kl[rows], g, dtype)
-        else:
-            for part in pair.blocks(len(z_p)):
-                _logit_gradients_(z_p[part], z_q[part], kl[rows][part, None], g[part, None])
-        for i, dz, x, w in ((0, z_p, hidden_p, pair.weight_p), (2, z_q, hidden_q, pair.weight_q)):
+    whole = slice(0, len(hidden_p))
+    kept = all(k or not any(need[i : i + 2]) for k, i in zip(keep, (0, 2), strict=True))
+    chunks = [(whole, dz_p, dz_q)] if kept else pair.gradients(kl)
+    for rows, *dz_pq in chunks:
+        g = (dkl[rows] / temperature)[:, None]
+        for i, dz, w in ((0, dz_pq[0], pair.weight_p), (2, dz_pq[1], pair.weight_q)):
             if need[i]:
                 pair.mm(dz, w, grads[i][rows], beta=0.0)
+                grads[i][rows].mul_(g)
             if need[i + 1]:
-                pair.mm(dz.t(), x[rows].to(w.dtype), grads[i + 1], beta=1.0)
+                pair.mm(dz.t(), (inputs[i][rows] * g).to(w.dtype), grads[i + 1], beta=1.0)
     return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
 @_linear_kl_backward.register_fake
-def _(dkl, hidden_p, weight_p, hidden_q, weight_q, kl, temperature, workspace_mb, impl, need):
+def _(dkl, hidden_p, weight_p, hidden_q, weight_q, *args):
+    need = args[-1]
     inputs = (hidden_p, weight_p, hidden_q, weight_q)
     return tuple(x.new_empty(x.shape if n else 0) for x, n in zip(inputs, need, strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:4], output)
+    ctx.save_for_backward(*inputs[:4], *output)
     ctx.options = inputs[4:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dkl):
+def _backward(ctx, dkl, *_):
+    if dkl is None:
+        return (None,) * 8
     need = list(ctx.needs_input_grad[:4])
     grads = _linear_kl_backward(dkl.contiguous(), *ctx.saved_tensors, *ctx.options, need)
-    return *(g if n else None for g, n in zip(grads, need, strict=True)), None, None, None
+    grads = (g if n else None for g, n in zip(grads, need, strict=True))
+    return *grads, None, None, None, None
 
 
 _linear_kl.register_autograd(_backward, setup_context=_setup_context)
@@ -149,7 +192,11 @@ def _kernels():
 def kl_of_logits(z_p: torch.Tensor, z_q: torch.Tensor) -> torch.Tensor:
     """(N,) sum_j p_j (e^x_j - 1 - x_j), x = log q - log p: sum_j q_j - p_j = 0 added, so that no
     term is negative and nothing cancels when p is close to q."""
-    log_p, log_q = z_p.log_softmax(1), z_q.log_softmax(1)
+    return _kl(z_p.log_softmax(1), z_q.log_softmax(1))[0]
+
+
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(KL (N,), p, q, x)"""
     possible = log_p != -torch.inf
     x = torch.where(possible, log_q - log_p, 0.0)
     p, q = log_p.exp(), log_q.exp()
@@ -157,37 +204,31 @@ def kl_of_logits(z_p: torch.Tensor, z_q: torch.Tensor) -> torch.Tensor:
     x_near = torch.where(near, x, 0.0)
     close = p * (torch.expm1(x_near) - x_near)
     far = q - p - p * torch.where(near, 0.0, x)
-    return torch.where(near & possible, close, far).sum(1)
+    return torch.where(near & possible, close, far).sum(1), p, q, x
 
 
-def _logit_gradients_(
-    z_p: torch.Tensor, z_q: torch.Tensor, kl: torch.Tensor, g: torch.Tensor
-) -> None:
-    """z_p <- g p (log p - log q - KL), z_q <- g (q - p), in place."""
-    log_p, log_q = z_p.log_softmax(1), z_q.log_softmax(1)
-    p = log_p.exp()
-    difference = torch.where(log_p != -torch.inf, log_p - log_q, 0.0)
-    torch.mul(p, (difference - kl).mul_(g), out=z_p)
-    torch.sub(log_q.exp_(), p, out=z_q).mul_(g)
+def _kl_and_gradients_(z_p: torch.Tensor, z_q: torch.Tensor) -> torch.Tensor:
+    """The KL; in place z_p <- p (log p - log q - KL), z_q <- q - p."""
+    kl, p, q, x = _kl(z_p.log_softmax(1), z_q.log_softmax(1))
+    torch.mul(p, x.add_(kl[:, None]).neg_(), out=z_p)
+    torch.sub(q, p, out=z_q)
+    return kl
 
 
 class _Pair:
-    """Chunks of both streams' logits: yields (rows, z_p, z_q), buffers used again.
-
-    bfloat16 matmuls accumulate and return float32; they need the kernels' bfloat16 gradients.
-    """
+    """Chunks of both streams' logits: yields (rows, z_p, z_q), buffers used again."""
 
     def __init__(
         self, hidden_p, weight_p, hidden_q, weight_q, temperature, workspace_mb, impl
     ) -> None:
         self.dtype = torch.promote_types(hidden_p.dtype, torch.float32)
         cuda = hidden_p.device.type == "cuda"
-        self.half = hidden_p.dtype == torch.bfloat16 and cuda and impl == "triton"
+        self.half, self.impl = _half(hidden_p, impl), impl
         self.hidden_p, self.hidden_q, self.temperature = hidden_p, hidden_q, temperature
         dtype = torch.bfloat16 if self.half else self.dtype
         self.weight_p, self.weight_q = weight_p.to(dtype), weight_q.to(dtype)
         N, V = len(hidden_p), len(weight_p)
-        self.step = chunk_rows(2 * V, N, self.dtype.itemsize, workspace_mb, hidden_p.device.type)
+        self.step = chunk_rows(2 * V, N, self.dtype.itemsize, workspace_mb, hidden_p.device)
         self.z_p, self.z_q = (hidden_p.new_empty(self.step, V, dtype=self.dtype) for _ in "pq")
         self.block = max(1, (1 << 18) // V) if not cuda else self.step
 
@@ -196,6 +237,22 @@ class _Pair:
             rows = slice(start, min(start + self.step, len(self.hidden_p)))
             z_p = self._logits(self.hidden_p[rows], self.weight_p, self.z_p)
             yield rows, z_p, self._logits(self.hidden_q[rows], self.weight_q, self.z_q)
+
+    def gradients(self, kl: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """The same with the KL's gradients by the logits in their place."""
+        for rows, z_p, z_q in self:
+            if self.impl == "triton":
+                yield rows, *self.logit_gradients_(z_p, z_q, kl[rows])
+                continue
+            for part in self.blocks(len(z_p)):
+                _kl_and_gradients_(z_p[part], z_q[part])
+            yield rows, z_p, z_q
+
+    def logit_gradients_(
+        self, z_p: torch.Tensor, z_q: torch.Tensor, kl: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ones = torch.ones_like(kl)
+        return _kernels().logit_gradients_(z_p, z_q, kl, ones, self.weight_p.dtype)
 
     def _logits(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         z = out[: len(x)]

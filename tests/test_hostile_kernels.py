@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import fastgrpo as fg
-from fastgrpo.ops.linear.head import chunk_rows
+from fastgrpo.ops.linear.memory import chunk_rows
 
 N, D, V = 6, 8, 21
 ROW = 2  # the hostile row
@@ -366,7 +366,10 @@ def test_more_than_two_to_the_31_elements(op):
         args = (h, w, y, None, None, None, 1.0, False, "keep", "torch", None, "")
         kept = torch.ops.fastgrpo.linear_logprob(*args)[2]
         assert kept.numel() == n * v > 2**31
-    assert 1 <= chunk_rows(2**31, 10, 4, None) and chunk_rows(v, n, 4, None) * v < 2**31
+    assert (
+        1 <= chunk_rows(2**31, 10, 4, None, torch.device("cpu"))
+        and chunk_rows(v, n, 4, None, torch.device("cpu")) * v < 2**31
+    )
 
 
 REWARDS = {

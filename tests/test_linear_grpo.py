@@ -4,6 +4,7 @@ N rows, D hidden, V vocabulary, B sequences.
 """
 
 import itertools
+import types
 
 import pytest
 import torch
@@ -212,6 +213,40 @@ def test_overflowing_rows_and_their_neighbours():
             assert relative_error(a, e) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["dapo", "gmpo"])
+@pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.1, "top_entropy_quantile": 0.5}])
+@pytest.mark.parametrize("need", [(False, True, False), (True, True, True)])
+def test_kept_exponentials_give_the_gradients_in_backward(name, options, need):
+    b = batch()
+    obj = fg.Objective(name, beta=0.1, vllm_importance_sampling_mode="token_mask", **options)
+    for softcap in (None, 4.0):
+        want = call(obj, b, "reference", need=need, softcap=softcap)
+        got = call(obj, b, "torch", need=need, softcap=softcap, workspace_mb=1.0)
+        assert got[3].plan == "keep"
+        torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-14)
+        for ours, exact in zip(got[2], want[2], strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-13)
+
+
+def test_chunk_and_keeping_follow_the_memory(monkeypatch):
+    from fastgrpo.ops.linear import memory
+
+    gpu = torch.device("cuda", 0)
+    total = types.SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    for free, rows, kept in (
+        (60, 4096, True),
+        (9, 4096, False),
+        (4, 2048, False),
+        (0.1, 512, False),
+    ):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: int(free * 1e9))
+        assert memory.chunk_rows(151936, 16384, 4, None, gpu) == rows
+        assert memory.keeps(16384, 151936, 2, None, gpu) == kept
+    assert not memory.keeps(2 * 16384, 151936, 2, None, gpu)
+    assert memory.keeps(1024, 1024, 4, 4.0, gpu) and not memory.keeps(1024, 1024, 4, 3.9, gpu)
+
+
 def test_dweight_into_accumulates_in_place():
     obj, b = fg.Objective("dapo"), batch(torch.float32)
     want = call(obj, b, "torch")[2]
@@ -248,6 +283,7 @@ def test_opcheck(dtype):
     t = Tokens(blank, b["advantages"], SEQ, *streams, entropy=blank)
     terms = [fg.KLTerm(b["ref_logp"], 0.1, mask=b["mask"]), fg.KLTerm(b["old_logp"], -0.1)]
     call = checked(t, fg.Objective("grpo", beta=0.1), None, None, terms, 0.0, b["targets"])
+    call = call.per_token()
     columns, spec = pack(call)
     args = (
         b["hidden"].requires_grad_(), b["weight"].requires_grad_(), b["bias"].requires_grad_(),
@@ -292,7 +328,7 @@ def test_refusals():
 @pytest.mark.parametrize("entropy,softcap", [(0.0, None), (0.1, None), (0.1, 4.0)])
 def test_bfloat16_route_of_a_gpu(monkeypatch, name, entropy, softcap):
     """The CUDA route on CPU: bf16 matmuls emulated, E in bf16 over its logits."""
-    from fastgrpo.ops.linear import head, logprob
+    from fastgrpo.ops.linear import grpo, head, logprob
 
     def mm_wide(a, b, out=None, add=False):
         assert a.dtype == b.dtype == torch.bfloat16
@@ -307,13 +343,14 @@ def test_bfloat16_route_of_a_gpu(monkeypatch, name, entropy, softcap):
     want = call(obj, wide, "reference", **kwargs)
     b |= {k: wide[k].float() for k in ("old_logp", "ref_logp", "rollout_logp", "advantages")}
     logp = fg.linear_logprob(b["hidden"], b["weight"], b["targets"]).logp
-    for module in (head, logprob):
+    for module in (grpo, head, logprob):
         monkeypatch.setattr(module, "bfloat16_products", lambda x: x.dtype == torch.bfloat16)
     monkeypatch.setattr(head, "mm_wide", mm_wide)
-    got = call(obj, b, "torch", workspace_mb=4 * V * 4 / 2**20, **kwargs)
-    assert (got[1] - want[1]).abs().max() <= 2e-4
-    for a, e in zip(got[2], want[2], strict=True):
-        assert relative_error(a, e) < 8e-3  # a few bf16 roundings of few terms
+    for workspace, plan in ((4 * V * 4 / 2**20, "one_pass"), (1.0, "keep")):
+        got = call(obj, b, "torch", workspace_mb=workspace, **kwargs)
+        assert got[3].plan == plan and (got[1] - want[1]).abs().max() <= 2e-4
+        for a, e in zip(got[2], want[2], strict=True):
+            assert relative_error(a, e) < 8e-3  # a few bf16 roundings of few terms
     for outputs, workspace in ((("logp",), None), (("logp", "entropy"), None), (("logp",), 1e-9)):
         leaves = [b[k].clone().requires_grad_() for k in ("hidden", "weight")]
         options = {"outputs": outputs, "workspace_mb": workspace, "impl": "torch"}

@@ -66,7 +66,7 @@ def test_linear_logprob_triton(need, workspace_mb):
     ("loss_type", "level"),
     [("dapo", "token"), ("grpo", "sequence"), ("gmpo", "token"), ("vespo", "token")],
 )
-@pytest.mark.parametrize("workspace_mb", [None, 0.002])
+@pytest.mark.parametrize("workspace_mb", [None, 0.002, 1.0])  # chunks, small ones, all kept
 def test_linear_grpo_loss_triton(loss_type, level, workspace_mb):
     hidden, weight, targets = inputs(1)
     advantages, old = torch.tensor([1.0, -0.5, 0.3]), -torch.rand(N) * 4

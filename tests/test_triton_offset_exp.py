@@ -63,6 +63,18 @@ def test_offset_exp_shapes(shape, exp_dtype):
     check(logits, targets, ours, entropy=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offset_exp_into_other_memory(dtype):
+    logits, targets = case(3, 4097)
+    memory = torch.zeros(3, 5000, dtype=dtype)
+    out = memory[:, 100:4197]
+    ours = offset_exp(logits.clone(), targets, entropy=True, out=out)
+    same = offset_exp(logits.clone(), targets, entropy=True, exp_dtype=dtype)
+    assert ours.exps is out and not memory[:, :100].any() and not memory[:, 4197:].any()
+    for name in ("exps", "sum_exp", "target_logit", "moment", "overflow"):
+        assert torch.equal(getattr(ours, name), getattr(same, name))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -126,7 +126,7 @@ def _offset_exp_kernel(
     tl.store(exps_ptr + y, (-s).to(exps_ptr.dtype.element_ty), mask=here)
 
 
-@torch.library.custom_op("fastgrpo::offset_exp_triton", mutates_args=("logits",))
+@torch.library.custom_op("fastgrpo::offset_exp_triton", mutates_args=("logits", "out"))
 def _offset_exp(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -137,11 +137,14 @@ def _offset_exp(
     softcap: float | None,
     entropy: bool,
     overlay: bool,
+    out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     C, V = logits.shape
     assert logits.dtype == torch.float32 and (logits.stride(1) == 1 or V == 1)
     assert not overlay or C < 2 or logits.stride(0) >= V, "rows must not overlap"
+    assert out is None or (out.shape == logits.shape and (out.stride(1) == 1 or V == 1))
     exps = logits.view(torch.bfloat16) if overlay else logits
+    exps = exps if out is None else out
     sum_exp, zy, moment, overflow = _outputs(logits, entropy)
     launch(
         _offset_exp_kernel,
@@ -171,7 +174,18 @@ def _offset_exp(
 
 
 @_offset_exp.register_fake
-def _(logits, targets, inv_temperature, bias, target_logit, logit_scale, softcap, entropy, overlay):
+def _(
+    logits,
+    targets,
+    inv_temperature,
+    bias,
+    target_logit,
+    logit_scale,
+    softcap,
+    entropy,
+    overlay,
+    out,
+):
     return _outputs(logits, entropy)
 
 
@@ -196,12 +210,14 @@ def offset_exp(
     entropy: bool = False,
     exp_dtype: torch.dtype | None = None,
     target_logit: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> OffsetExp:
     """Replace a chunk of logits by exponentials about each row's target logit, in one sweep.
 
     logits (C, V) float32 with contiguous rows, overwritten; targets (C,) int64; inv_temperature
     (C,) float32 or None; bias (V,) or None. exp_dtype: float32 (None) or bfloat16, then E is
-    `logits.view(torch.bfloat16)[:, :V]`. A target outside [0, V) makes its row NaN and flags it.
+    `logits.view(torch.bfloat16)[:, :V]`; `out` (C, V), if given, receives it in its own dtype
+    instead. A target outside [0, V) makes its row NaN and flags it.
 
     target_logit (C,) float32: f(z_y) when the vocabulary is sharded and the target may lie
     elsewhere: a target outside [0, V) then only means that every column counts into S. S and the
@@ -210,7 +226,7 @@ def offset_exp(
     """
     V = logits.shape[1]
     assert exp_dtype in (None, torch.float32, torch.bfloat16)
-    overlay = exp_dtype == torch.bfloat16
+    overlay = exp_dtype == torch.bfloat16 and out is None
     sum_exp, zy, moment, overflow = _offset_exp(
         logits,
         targets,
@@ -221,8 +237,10 @@ def offset_exp(
         softcap,
         entropy,
         overlay,
+        out,
     )
     exps = logits.view(torch.bfloat16)[:, :V] if overlay else logits
+    exps = exps if out is None else out
     return OffsetExp(exps, sum_exp, zy, moment if entropy else None, overflow)
 
 
@@ -246,12 +264,12 @@ def aot_specs() -> list[KernelSpec]:
         "moment_ptr": "*fp32",
     }
 
-    def spec(label: str, exps: str, softcap: bool, *present: str) -> KernelSpec:
+    def spec(label: str, exps: str, softcap: bool, *present: str, overlay=True) -> KernelSpec:
         return KernelSpec(
             _offset_exp_kernel,
             signature | {"exps_ptr": exps} | {name: optional[name] for name in present},
             {name: None for name in optional if name not in present}
-            | {"SOFTCAP": softcap, "OVERLAY": exps == "*bf16", "BLOCK": BLOCK},
+            | {"SOFTCAP": softcap, "OVERLAY": overlay and exps == "*bf16", "BLOCK": BLOCK},
             num_warps=NUM_WARPS,
             label=label,
         )
@@ -259,6 +277,7 @@ def aot_specs() -> list[KernelSpec]:
     return [
         spec("bf16", "*bf16", False, "inv_temperature_ptr"),
         spec("fp32", "*fp32", False, "inv_temperature_ptr"),
+        spec("bf16 apart", "*bf16", False, "inv_temperature_ptr", overlay=False),
         spec("bf16 entropy", "*bf16", False, "inv_temperature_ptr", "moment_ptr"),
         spec("bf16 shard", "*bf16", False, "given_target_logit_ptr"),
         spec("bf16 all", "*bf16", True, "inv_temperature_ptr", "bias_ptr", "moment_ptr"),

@@ -1,5 +1,6 @@
 """linear_grpo_loss: the GRPO loss with the projection fused in."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,10 @@ from fastgrpo.errors import InputError
 from fastgrpo.losses.tokens import IGNORE, Tokens
 from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops.grpo_loss import GRPOLoss, LossCall, checked
+from fastgrpo.ops.linear.head import bfloat16_products
 from fastgrpo.ops.linear.inputs import check_head, inverse_temperature, select_head
+from fastgrpo.ops.linear.logprob import linear_logprob_op
+from fastgrpo.ops.linear.memory import keeps
 from fastgrpo.ops.linear.one_pass import Projection, linear_grpo_op, pack, run, scaled
 from fastgrpo.reference.linear_logprob import linear_logprob
 
@@ -48,7 +52,8 @@ def linear_grpo_loss(
         linear_logprob -> grpo_loss, with dhidden and dweight made in the same pass over the logits
 
     Three matmuls (logits, dhidden, dweight); two when the weight needs no gradient; one under
-    no_grad. Sequences longer than a chunk and top_entropy_quantile cost one more.
+    no_grad. Sequences longer than a chunk and top_entropy_quantile cost one more, unless the
+    exponentials are kept.
 
     Args:
         hidden, weight, targets, bias, softcap, logit_scale, process_group: see `linear_logprob`.
@@ -57,15 +62,18 @@ def linear_grpo_loss(
         temperature: (N,) instead of obj.temperature.
         with_entropy: measure the entropy although the objective does not need it.
         workspace_mb: memory for a chunk of logits (default 128, at least 512 rows; on a GPU 4096
-            rows).
+            rows, fewer where memory is short). If it holds the (N, V) exponentials, by default on a
+            GPU if a sixteenth of its memory does and is free, they are kept and backward makes the
+            gradients of a trained head from them, each in one matmul.
         dweight_into: float32 (V, D): dweight * dweight_scale is added to it during this call (set
             dweight_scale to what the loss will be multiplied by before backward), and backward
             leaves weight.grad alone. Eager only.
 
     Returns GRPOLoss: loss is differentiable in hidden, weight and bias (once); logp (N,) is
-    detached, 0 where masked; plan is "one_pass", "two_pass" (top_entropy_quantile), "forward" (no
-    gradient wanted) or "autograd" (the reference); overflow counts the rows whose exponents left
-    float32 about the target logit and were recomputed about their maximum.
+    detached, 0 where masked; plan is "one_pass", "two_pass" (top_entropy_quantile), "keep" (the
+    exponentials are), "forward" (no gradient wanted) or "autograd" (the reference); overflow counts
+    the rows whose exponents left float32 about the target logit and were recomputed about their
+    maximum.
     """
     if not isinstance(obj, Objective):
         raise InputError(f"obj: expected fastgrpo.Objective, got {type(obj).__name__}")
@@ -89,9 +97,10 @@ def linear_grpo_loss(
         token_weights,
     )
     call = checked(t, obj, num_tokens, num_sequences, kl_terms, sampled_entropy_coef, targets)
-    call = call.per_token()
     if impl == "reference":
-        return _by_reference(call, hidden, weight, targets, bias, temperature, softcap, logit_scale)
+        return _by_reference(
+            call.per_token(), hidden, weight, targets, bias, temperature, softcap, logit_scale
+        )
     head = Projection(
         hidden,
         weight,
@@ -104,7 +113,9 @@ def linear_grpo_loss(
         workspace_mb,
         "" if process_group is None else process_group.group_name,
     )
-    return _by_chunks(head, call, dweight_into, dweight_scale)
+    if dweight_into is None and _keeps(head):
+        return _by_log_probs(head, call)
+    return _by_chunks(head, call.per_token(), dweight_into, dweight_scale)
 
 
 def _by_reference(
@@ -122,6 +133,51 @@ def _by_reference(
     options = (bias, temperature, softcap, logit_scale, t.entropy is not None)
     logp, entropy = linear_logprob(hidden, weight, ids, *options)
     return call._replace(tokens=t._replace(logp=logp, entropy=entropy)).evaluate("reference")
+
+
+def _keeps(head: Projection) -> bool:
+    """Whether all exponentials are kept and both gradients made from them in backward.
+
+    It pays where the head is trained: a gradient of the weight in one matmul, in its own dtype. On
+    the CPU, where each chunk is used while it is in the cache, only if `workspace_mb` asks for it.
+    """
+    weight, hidden = head.weight, head.hidden
+    if not (torch.is_grad_enabled() and weight.requires_grad) or head.group:
+        return False
+    if head.workspace_mb is None and hidden.device.type == "cpu":
+        return False
+    itemsize = 2 if bfloat16_products(hidden) else max(4, hidden.dtype.itemsize)
+    sizes = (hidden.shape[0], weight.shape[0], itemsize)
+    return keeps(*sizes, head.workspace_mb, hidden.device)
+
+
+def _by_log_probs(head: Projection, call: LossCall) -> GRPOLoss:
+    """The loss of the log-probs of plan "keep"; any coupling of tokens takes three matmuls."""
+    t = call.tokens
+    targets = head.targets if t.mask is None else torch.where(t.mask, head.targets, IGNORE)
+    logp, entropy, _, _, overflow = linear_logprob_op(
+        head.hidden,
+        head.weight,
+        targets,
+        head.bias,
+        head.inv_temperature,
+        head.softcap,
+        head.logit_scale,
+        t.entropy is not None,
+        "keep",
+        head.impl,
+        head.workspace_mb,
+        head.group,
+    )
+    if t.entropy is not None:
+        bonus = call.obj.entropy_coef != 0.0
+        t = t._replace(entropy=entropy if bonus else entropy.detach())
+    call = call._replace(tokens=t._replace(logp=logp))
+    fused = head.impl == "triton" and call.obj.loss.kernel is not None
+    if not fused or call.kl_terms:
+        call = call.per_token()
+    result = call.evaluate("triton" if fused else "reference")
+    return dataclasses.replace(result, plan="keep", overflow=overflow)
 
 
 def _by_chunks(

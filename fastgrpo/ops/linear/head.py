@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from fastgrpo.ops.linear.memory import chunk_rows
 from fastgrpo.ops.linear.offset_exp import (
     MAX_EXPONENT,
     exp_limit,
@@ -81,7 +82,7 @@ class Head:
 
     def chunk_rows(self, rows: int, workspace_mb: float | None) -> int:
         """Rows of a chunk of this head."""
-        V, device = len(self.weight), self.weight.device.type
+        V, device = len(self.weight), self.weight.device
         return chunk_rows(V, rows, self.acc_dtype.itemsize, workspace_mb, device)
 
     def chunk(
@@ -92,8 +93,10 @@ class Head:
         buffer: torch.Tensor,
         entropy: bool,
         safe: bool = True,
+        keep: torch.Tensor | None = None,
     ) -> Chunk:
-        """Exponentials of the rows x (C, D) with targets y, made in `buffer`.
+        """Exponentials of the rows x (C, D) with targets y, made in `buffer` and left in `keep`
+        (C, V) if that is given, in its dtype.
 
         safe: rows whose exponents overflow are recomputed about their maximum; costs a host
         synchronisation, so that CUDA callers may look at `overflow` once at the end instead.
@@ -102,6 +105,7 @@ class Head:
         if self.shard is not None:
             y = self.shard.local(y)
         given = None if self.shard is None else self._target_logit(z, y)
+        straight = keep is not None and self.impl == "triton"
         out = self.offset_exp(
             z,
             y,
@@ -112,7 +116,9 @@ class Head:
             entropy=entropy,
             exp_dtype=torch.bfloat16 if self.half else None,
             target_logit=given,
+            **({"out": keep} if straight else {}),
         )
+        exps = out.exps if keep is None or straight else keep.copy_(out.exps)
         S, moment, overflow = out.sum_exp, out.moment, out.overflow
         if self.shard is None:
             y = y.clamp(0, z.shape[1] - 1)  # the row of a wrong target is NaN already
@@ -123,8 +129,8 @@ class Head:
                 self.shard.any(overflow),
             )
             overflow |= ~(S < exp_limit(S.dtype))
-            set_target_(out.exps, y[:, None], -S[:, None], sharded=True)
-        c = Chunk(out.exps, 1.0 + S, None, -torch.log1p(S), None, out.target_logit, overflow)
+            set_target_(exps, y[:, None], -S[:, None], sharded=True)
+        c = Chunk(exps, 1.0 + S, None, -torch.log1p(S), None, out.target_logit, overflow)
         if entropy:
             c.entropy = torch.log1p(S) - moment / c.total
         if safe and bool(overflow.any()):
@@ -282,12 +288,16 @@ class Gradients:
         need: tuple[bool, bool, bool],
         into: torch.Tensor | None = None,
         into_scale: float = 1.0,
+        at_once: bool = False,
     ) -> None:
-        self.head = head
+        """at_once: one chunk holds all rows, so dweight is rounded to the weight's dtype by the
+        matmul that makes it."""
+        self.head, self.at_once = head, at_once
         V, D = head.weight.shape
         new = head.weight.new_empty
         self.dhidden = hidden.new_zeros(hidden.shape if need[0] else 0, dtype=head.acc_dtype)
-        self.dweight = new((V, D) if need[1] else 0, dtype=head.acc_dtype)
+        dtype = head.weight.dtype if at_once else head.acc_dtype
+        self.dweight = new((V, D) if need[1] else 0, dtype=dtype)
         self.dbias = new(V, dtype=head.acc_dtype).zero_() if need[2] else new(0)
         self.need, self.first, self.dweight_scale = need, True, into_scale
         if into is not None:
@@ -303,7 +313,9 @@ class Gradients:
         if self.need[1]:
             u = v if self.dweight_scale == 1.0 else v * self.dweight_scale
             scaled = (x * u[:, None]).to(x.dtype)
-            if self.first:
+            if self.at_once:
+                torch.mm(E.t(), scaled, out=self.dweight)
+            elif self.first:
                 (mm_wide if head.half else torch.mm)(E.t(), scaled, out=self.dweight)
             elif head.half:
                 mm_wide(E.t(), scaled, out=self.dweight, add=True)
@@ -353,16 +365,3 @@ def offset_exp_as(impl: str) -> Callable:
     if impl == "cpp":
         return importlib.import_module("fastgrpo_kernels._cpp").offset_exp
     return offset_exp
-
-
-def chunk_rows(
-    vocabulary: int, rows: int, itemsize: int, workspace_mb: float | None, device: str = "cpu"
-) -> int:
-    """Rows of a chunk: what `workspace_mb` holds; by default 128 MiB but at least 512 rows, on a
-    GPU 4096 rows. Fewer rows starve the matmuls: each chunk reads and writes all of dweight.
-    """
-    row = max(vocabulary * itemsize, 1)
-    fit = int((128.0 if workspace_mb is None else workspace_mb) * 2**20 // row)
-    if workspace_mb is None:
-        fit = 4096 if device == "cuda" else max(fit, 512)
-    return max(1, min(rows, 4096, fit))

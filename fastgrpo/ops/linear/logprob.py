@@ -19,6 +19,7 @@ from fastgrpo.errors import InputError
 from fastgrpo.losses.tokens import IGNORE
 from fastgrpo.ops.linear.head import Chunk, Gradients, Head, bfloat16_products
 from fastgrpo.ops.linear.inputs import check_head, inverse_temperature, select_head
+from fastgrpo.ops.linear.memory import keeps
 from fastgrpo.reference import linear_logprob as reference
 
 
@@ -68,7 +69,8 @@ def linear_logprob(
         outputs: "logp", and "entropy" if wanted; entropy_grad=False saves its backward work.
         impl: "reference", "torch", "cpp", "triton"; None picks the fastest there is.
         workspace_mb: memory for a chunk of logits (default 128, at least 512 rows; on a GPU 4096
-            rows), and for keeping the exponentials (default 512).
+            rows, fewer where memory is short), and for keeping the exponentials (default 512, on a
+            GPU a sixteenth of its memory if that is free).
         process_group: the weight and bias are this rank's vocabulary shard, in rank order; hidden
             and targets are the same on all ranks, and so is every result but dweight and dbias.
 
@@ -127,10 +129,8 @@ def _plan(
     if not head_needs and not entropy_grad:
         return "frozen"
     itemsize = 2 if bfloat16_products(hidden) else max(4, hidden.dtype.itemsize)
-    size = hidden.shape[0] * weight.shape[0] * itemsize
-    return (
-        "keep" if size <= (512.0 if workspace_mb is None else workspace_mb) * 2**20 else "recompute"
-    )
+    sizes = (hidden.shape[0], weight.shape[0], itemsize)
+    return "keep" if keeps(*sizes, workspace_mb, hidden.device) else "recompute"
 
 
 @torch.library.custom_op("fastgrpo::linear_logprob", mutates_args=())
@@ -163,7 +163,8 @@ def linear_logprob_op(
     for rows, part in work:
         x, y = head.rows(hidden, rows), targets[rows]
         inv_t = None if inv_temperature is None else inv_temperature[rows].to(wide)
-        c = head.chunk(x, y, inv_t, kept[part] if buffer is None else buffer, entropy)
+        keep = kept[part] if plan == "keep" and buffer is not None else None
+        c = head.chunk(x, y, inv_t, kept[part] if buffer is None else buffer, entropy, keep=keep)
         logp[rows] = c.logp
         if entropy:
             H[rows] = c.entropy
@@ -174,8 +175,6 @@ def linear_logprob_op(
         elif plan == "keep":
             shift = torch.zeros_like(c.total) if c.shift is None else c.shift
             stats[part] = torch.stack([c.total, shift, c.target_logit], 1)
-            if buffer is not None:
-                kept[part] = c.exps
     if plan == "keep":
         kept[work.count :] = 0
     if plan == "frozen" and head.shard is not None:
@@ -237,8 +236,11 @@ def linear_logprob_backward_op(
         empty = hidden.new_empty(0)
         return du.to(hidden.dtype), empty.to(weight.dtype), empty.clone()
     wide = head.acc_dtype
-    grads = Gradients(head, hidden, tuple(need))
+    # Exponentials that need no other factor along a row make each gradient in one matmul.
+    at_once = plan == "keep" and dentropy is None and softcap is None
+    grads = Gradients(head, hidden, tuple(need), at_once=at_once)
     work = _Work(targets, head, workspace_mb)
+    work.step = max(work.count, 1) if at_once else work.step
     buffer = head.buffer(work.step) if plan == "recompute" else None
     for rows, part in work:
         x, y = head.rows(hidden, rows), targets[rows]

@@ -121,7 +121,10 @@ def scaled(grad: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.Te
     eager = type(by) is torch.Tensor and not torch.compiler.is_compiling()
     if eager and by.device.type == "cpu" and by.item() == 1.0:
         return grad.to(dtype)
-    return (grad * by.to(grad.dtype)).to(dtype)
+    by = by.to(grad.dtype)
+    if eager and not torch.is_grad_enabled():  # one pass: multiplied wide, rounded on the way out
+        return torch.mul(grad, by, out=grad.new_empty(grad.shape, dtype=dtype))
+    return (grad * by).to(dtype)
 
 
 def run(

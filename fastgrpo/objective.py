@@ -59,12 +59,17 @@ class KLTerm:
 
 @dataclass(frozen=True)
 class KLStream:
-    """A KLTerm of `GRPOStep` before its log-probs are known; they are `Group.streams[name]`."""
+    """A KLTerm of `GRPOStep` before its log-probs are known; they are `Group.streams[name]`.
+
+    `token_share`: the term acts on each completion's tokens at or above the (1 - share) quantile
+    of its divergence only (PAPO's optional mask, `advantages.quantile_mask`).
+    """
 
     coefficient: float
     estimator: str = "k3"
     log_ratio_clamp: float = 20.0
     value_clamp: float | None = None
+    token_share: float | None = None
 
     def term(self, other_logp: torch.Tensor) -> KLTerm:
         """The term with its (N,) log-probs."""

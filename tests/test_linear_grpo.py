@@ -191,6 +191,24 @@ def test_log_probs_and_first_ratio_equal_those_of_linear_logprob(impl):
     assert result.metrics["ratio/min"] == result.metrics["ratio/max"] == 1
 
 
+@pytest.mark.parametrize("impl", [*FAST, "reference"])
+def test_entropies_are_those_of_linear_logprob_where_a_token_counts(impl):
+    b = batch(torch.float32)
+    head = (b["hidden"], b["weight"].requires_grad_(), b["targets"])
+    expected = fg.linear_logprob(*head, bias=b["bias"], outputs=("logp", "entropy")).entropy
+    into = {"dweight_into": torch.zeros_like(b["weight"])} if impl != "reference" else {}
+    for options in ({"with_entropy": True}, {"with_entropy": True, **into}, {}):
+        options = {"bias": b["bias"], "seq_ids": SEQ, "impl": impl} | options
+        result = fg.linear_grpo_loss(*head, b["advantages"], fg.Objective("dapo"), **options)
+        if "with_entropy" not in options:
+            assert result.entropy is None
+            continue
+        assert not result.entropy.requires_grad
+        counted = b["targets"] != -100
+        torch.testing.assert_close(result.entropy[counted], expected[counted].detach())
+        assert not result.entropy[~counted].any()
+
+
 def test_per_token_temperature_softcap_and_scale():
     b, T = batch(), torch.rand(N, dtype=torch.float64) + 0.5
     kwargs = {"temperature": T, "softcap": 4.0, "logit_scale": 0.6}

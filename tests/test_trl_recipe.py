@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from fastgrpo import advantages as fa
 from fastgrpo.advantages.perception_rule import PerceptionRule
@@ -18,6 +18,7 @@ from fastgrpo.integrations.trl.perception import PERTURBED
 from fastgrpo.judges import CoTrainedReward
 from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops.grpo_loss import grpo_loss
+from fastgrpo.ops.token_kl import token_kl
 from fastgrpo.rewards.core.compose import Running
 from fastgrpo.testing import models, processors
 
@@ -76,33 +77,66 @@ def prepared(trainer):
     return trainer._prepare_inputs(batch)
 
 
-@pytest.mark.parametrize("loss_type", ["bnpo", "dapo", "grpo", "dr_grpo", "luspo"])
-def test_papo_terms_equal_the_objective_on_packed_tokens(folder, tmp_path, loss_type):
-    rule = PerceptionRule(kl_coef=0.5, entropy_coef=0.03, perturbed_entropy_coef=0.04)
+def stock_logps(trainer, inputs):
+    """(B, C) log-probs by TRL's own padded forward, with gradient."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    vision = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
+    columns = inputs["completion_ids"].shape[1]
+    logps, _, _ = GRPOTrainer._get_per_token_logps_and_entropies(
+        trainer, trainer.model, ids, mask, columns, **{name: inputs[name] for name in vision}
+    )
+    return logps
+
+
+def gradients(model):
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return grads
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "dapo", "grpo", "dr_grpo", "luspo", "gmpo"])
+def test_papo_terms_equal_the_objective_on_stock_log_probs(folder, tmp_path, loss_type):
+    rule = PerceptionRule(
+        kl_coef=0.5, entropy_coef=0.03, perturbed_entropy_coef=0.04, kl_ceiling=0.3,
+        kl_token_share=0.5, token_share=0.4, options={"patch_size": 4, "probability": 0.9},
+    )  # fmt: skip
     trainer = make(folder, tmp_path, perception=rule, loss_type=loss_type)
     inputs = prepared(trainer)
-    logp_table = torch.zeros_like(inputs[PERTURBED])
-    trainer._logps = logp_table.requires_grad_()
-    total = trainer._perception_loss(trainer._logps, inputs)
-    total.backward()
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    ours = gradients(trainer.model)
 
     mask = inputs["completion_mask"].bool()
-    seq_ids = mask.nonzero()[:, 0]
-    logp = torch.zeros(len(seq_ids), requires_grad=True)
-    other = inputs[PERTURBED][mask]
+    seq_ids, other = mask.nonzero()[:, 0], inputs[PERTURBED][mask]
+    logp = stock_logps(trainer, inputs)[mask]
     obj = Objective(
         loss_type=loss_type, max_completion_length=trainer.max_completion_length, beta=0.0
     )
-    terms = [KLTerm(other, -0.5, "k3", value_clamp=10.0)]
-    zero = torch.zeros(len(mask))
-    full = grpo_loss(
-        logp, zero, obj, seq_ids=seq_ids, kl_terms=terms, sampled_entropy_coef=0.03
-    ).loss
-    full.backward()
-    torch.testing.assert_close(trainer._logps.grad[mask], logp.grad, rtol=1e-5, atol=1e-8)
-    weights = trainer._token_weights(inputs, mask)[mask]
-    constant = 0.04 * (-other * weights).sum()
-    torch.testing.assert_close(total, full + constant, rtol=1e-5, atol=1e-7)
+    kl = token_kl(logp.detach(), other, "k3", value_clamp=10.0)
+    chosen = fa.quantile_mask(kl, seq_ids, 0.5)
+    whole = grpo_loss(
+        logp, inputs["advantages"], obj, seq_ids=seq_ids, num_sequences=len(mask),
+        kl_terms=[KLTerm(other, -0.5, "k3", value_clamp=0.3, mask=chosen)],
+        token_weights=inputs["token_weights"][mask], sampled_entropy_coef=0.03,
+    ).loss  # fmt: skip
+    whole.backward()
+    lengths = mask.sum(1)[seq_ids]
+    weights = {
+        "bnpo": 1 / mask.sum(), "dapo": 1 / mask.sum(), "grpo": 1 / (lengths * 8),
+        "gmpo": 1 / (lengths * 8), "dr_grpo": torch.tensor(1 / (8 * 6)),
+        "luspo": torch.tensor(1 / 8),
+    }[loss_type]  # fmt: skip
+    torch.testing.assert_close(loss, whole + 0.04 * (-other * weights).sum(), rtol=1e-5, atol=1e-6)
+    theirs = gradients(trainer.model)
+    assert ours.keys() == theirs.keys()
+    for name, grad in theirs.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-3, atol=1e-6, msg=name)
+    logged = trainer._metrics["train"]
+    assert logged["fastgrpo/perception_kl_coef"] == [0.5] and logged["entropy"][0] > 0
+    assert logged["fastgrpo/perception_kl"][0] == pytest.approx(
+        torch.where(chosen, kl.clamp(0, 0.3), 0.0).mean().item(), rel=1e-4
+    )
 
 
 def test_the_perturbed_pass_sees_other_pixels_of_the_same_size(folder, tmp_path):
@@ -127,36 +161,55 @@ def test_vppo_does_not_depend_on_the_micro_batch(folder, tmp_path):
     prepared(trainer)
     parts = trainer._buffered_inputs
 
-    total = sum(b["advantages"].sum() for b in parts)
-    torch.testing.assert_close(total, whole["advantages"].sum(), rtol=1e-5, atol=1e-6)
-    squares = sum(b["advantages"].square().sum() for b in parts)
-    torch.testing.assert_close(squares, whole["advantages"].square().sum(), rtol=1e-5, atol=1e-6)
+    for power in (1, 2):
+        total = sum(b["advantages"].pow(power).sum() for b in parts)
+        expected = whole["advantages"].pow(power).sum()
+        torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-6)
+    assert sum(b["token_weights"].sum() for b in parts) == whole["token_weights"].sum()
 
 
-def test_vppo_advantages_equal_the_packed_formula(folder, tmp_path):
+def test_vppo_weights_equal_the_packed_formula(folder, tmp_path, monkeypatch):
     rule = PerceptionRule(token_share=0.4, weight_minimum=0.9)
     trainer = make(folder, tmp_path, perception=rule)
     seen = {}
-    original = trainer._perceptual_advantages
+    original = trainer._weigh
 
     def spy(output, old, perturbed):
         seen.update(old=old, perturbed=perturbed, advantages=output["advantages"].clone())
-        seen["mask"] = output["completion_mask"].bool()
-        seen["result"] = original(output, old, perturbed)
-        return seen["result"]
+        original(output, old, perturbed)
+        seen.update(output=dict(output))
 
-    trainer._perceptual_advantages = spy
+    monkeypatch.setattr(trainer, "_weigh", spy)
     prepared(trainer)
-    for row, mask in enumerate(seen["mask"]):
+    output = seen["output"]
+    ratio = (output["advantages"] / seen["advantages"])[seen["advantages"] != 0]
+    assert (ratio >= 0.9 - 1e-6).all() and ratio.max() > 1
+    for row, mask in enumerate(output["completion_mask"].bool()):
         d = (seen["perturbed"][row][mask] - seen["old"][row][mask]).double()
         s = (d.exp() - d - 1).clamp(0, 10)
-        kept = set(sorted(range(len(s)), key=lambda i: -s[i])[: int(np.ceil(0.4 * len(s)))])
-        nonzero = seen["result"][row][mask].nonzero()[:, 0].tolist()
-        assert set(nonzero) <= kept
-        if seen["advantages"][row] != 0:
-            assert len(nonzero) == len(kept)
-            ratio = seen["result"][row][mask][nonzero] / seen["advantages"][row]
-            assert (ratio - ratio[0]).abs().max() < 1e-6 and ratio[0] >= 0.9 - 1e-6
+        kept = sorted(range(len(s)), key=lambda i: -s[i])[: int(np.ceil(0.4 * len(s)))]
+        weights = torch.zeros_like(mask, dtype=torch.float32)
+        weights[kept] = 1.0
+        assert torch.equal(output["token_weights"][row], weights)
+
+
+def test_a_loss_of_its_own_cannot_be_combined_with_what_it_would_not_see(folder, tmp_path):
+    class Own(FastGRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs)
+
+    settings = dict(model=str(folder), reward_funcs=[length_reward])
+    settings["train_dataset"] = Dataset.from_list(rows())
+    options = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(InputError, match="perception is not in TRL's loss, and Own has its own"):
+        Own(**settings, args=GRPOConfig(**options), perception=PerceptionRule(kl_coef=0.1))
+    with pytest.raises(InputError, match="loss_type='gmpo' is not in TRL's loss"):
+        Own(**settings, args=GRPOConfig(**options, loss_type="gmpo"))
+    with pytest.raises(InputError, match="loss_type.*'gmpa'"):
+        FastGRPOTrainer(**settings, args=GRPOConfig(**options, loss_type="gmpa"))
+    adaptive = dict(loss_type="gmpo", use_adaptive_entropy=True, entropy_coef=0.01)
+    with pytest.raises(InputError, match="use_adaptive_entropy: .*loss_type='gmpo'"):
+        FastGRPOTrainer(**settings, args=GRPOConfig(**options, **adaptive))
 
 
 def test_rule_replaces_advantages_and_drops_filtered_groups(folder, tmp_path):

@@ -9,7 +9,8 @@ pytest.importorskip("trl")
 
 from fastgrpo import InputError  # noqa: E402
 from fastgrpo.integrations.trl.rows import (  # noqa: E402
-    anchor_group,
+    LossTables,
+    anchor_row,
     as_groups,
     plan_micro_batches,
     read_rows,
@@ -198,12 +199,39 @@ def test_only_prompts_without_any_weight_need_no_gradient():
     assert without_gradient(rows, scorable(rows), weightless) == [2, 3]
 
 
-def test_a_row_is_scored_with_weight_zero_when_trl_would_reach_more_parameters():
+def test_a_row_runs_with_gradient_when_trl_would_reach_more_parameters():
     images = dict(pixel_values=torch.zeros(4, 3), image_grid_thw=torch.tensor([[1, 2, 2]]))
     rows = read(*batch([[1], [2]], [[3], [4]]), images, num_images=[0, 1])
-    assert anchor_group(rows, [0, 1]) == anchor_group(rows, [1]) == []
-    for members in ([0], []):  # no scored row has an image, but TRL's forward sees one
-        (group,) = anchor_group(rows, members)
-        assert group.prompt_ids.tolist() == [2] and group.vision
+    for members in ([0, 1], [1]):
+        assert anchor_row(rows, members, [], needed=True) == (members, [])
+    # no row with gradient has an image, but TRL's forward sees one
+    assert anchor_row(rows, [0], [], needed=True) == ([0, 1], [])
+    assert anchor_row(rows, [0, 1], [1], needed=True) == ([0, 1], [])
+    assert anchor_row(rows, [0, 1], [0, 1], needed=True) == ([1], [0])
+    assert anchor_row(rows, [0, 1], [0, 1], needed=False) == ([], [0, 1])
     text = read(*batch([[1], [2]], [[], []]))
-    assert [group.prompt_ids.tolist() for group in anchor_group(text, [])] == [[1]]
+    live, idle = anchor_row(text, [], [], needed=True)
+    (group,) = as_groups(text, live)
+    assert group.prompt_ids.tolist() == group.completions[0].tolist() == [1]
+    assert not group.mask[0].any() and idle == []
+
+
+def test_the_shortest_row_without_weight_is_the_one_to_run():
+    rows = read(*batch([[1]] * 3, [[3, 4], [5], [6, 7, 8]]))
+    assert anchor_row(rows, [0, 1, 2], [0, 1, 2], needed=True) == ([1], [0, 2])
+
+
+def test_the_loss_reads_each_row_up_to_its_end():
+    rows = read(*batch([[1], [2], [3]], [[4, 5, 6], [7], []]))
+    mask = torch.tensor([[1, 0, 1], [1, 0, 0], [0, 0, 0]])
+    table = torch.arange(9.0).view(3, 3)
+    columns = {"old_logp": table, "perturbed": -table}
+    tables = LossTables(torch.tensor([0.5, 0.0, 0.0]), mask, columns)
+    assert tables.num_tokens == 3 and tables.weightless() == [False, True, True]
+    first, second, empty = tables.groups(rows, [0, 1, 2])
+    assert first.advantages.tolist() == [0.5] and first.mask[0].tolist() == [True, False, True]
+    assert first.old_logp[0].tolist() == [0.0, 1.0, 2.0]
+    assert second.streams["perturbed"][0].tolist() == [-3.0]
+    assert empty.completions[0].tolist() == [3] and not empty.mask[0].any()
+    per_token = LossTables(table / 9, mask, {})
+    assert per_token.groups(rows, [1])[0].advantages[0].tolist() == pytest.approx([3 / 9])

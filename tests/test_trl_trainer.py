@@ -298,40 +298,46 @@ def test_unequal_groups_keep_their_advantages(checkpoint, tmp_path):
     assert advantages[4] < -1 < 1 < advantages[5]
 
 
-@pytest.mark.parametrize("rule", [None, AdvantageRule()], ids=["trl", "rule"])
-@pytest.mark.parametrize("loss_type", ["grpo", "vespo"])
-def test_groups_without_gradient_are_scored_without_backward(checkpoint, tmp_path, loss_type, rule):
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(loss_type="grpo"),
+        dict(loss_type="vespo", rule=AdvantageRule()),
+        dict(loss_type="gmpo"),
+        dict(loss_type="dapo", top_entropy_quantile=0.5),  # TRL's loss on per-token values
+    ],
+    ids=["grpo", "vespo-rule", "gmpo", "per-token"],
+)
+def test_groups_without_gradient_are_scored_without_backward(
+    checkpoint, tmp_path, monkeypatch, options
+):
+    from fastgrpo.integrations.trl import loss as fused
+    from fastgrpo.integrations.trl import trainer as per_token
+
     def first_group_equal(completions, **columns):
         return [0.5] * 4 + distinct_characters(completions)[4:]
 
-    options = dict(
-        max_steps=3,
-        beta=0.0,
-        rows=IMAGES,
-        reward=first_group_equal,
-        loss_type=loss_type,
-        rule=rule,
-    )
-    runs = [
-        build_trainer(
-            FastGRPOTrainer, checkpoint, tmp_path, fast={"skip_zero_gradient": skip}, **options
-        )
-        for skip in (True, False)
-    ]
     with_gradient = []
-    for trainer in runs:
-        torch.manual_seed(0)
-        score = trainer._score
 
-        def spy(model, groups, outputs, score=score):
+    def counting(function, argument):
+        def spy(*args, **kwargs):
             if torch.is_grad_enabled():
-                with_gradient.append(len(groups))
-            return score(model, groups, outputs)
+                with_gradient.append(len(args[argument]))
+            return function(*args, **kwargs)
 
-        trainer._score = spy
-        trainer.train()
+        return spy
+
+    monkeypatch.setattr(fused, "loss_of_groups", counting(fused.loss_of_groups, 2))
+    monkeypatch.setattr(per_token, "score", counting(per_token.score, 1))
+    options |= dict(max_steps=2, beta=0.0, rows=IMAGES, reward=first_group_equal)
+    runs = []
+    for skip in (True, False):
+        fast = {"skip_zero_gradient": skip}
+        runs.append(build_trainer(FastGRPOTrainer, checkpoint, tmp_path, fast=fast, **options))
+        torch.manual_seed(0)
+        runs[-1].train()
     agree(*runs, ("loss", "grad_norm", "entropy"))
-    assert with_gradient == [4] * 3 + [8] * 3
+    assert with_gradient == [4] * 2 + [8] * 2
 
 
 def test_every_group_without_gradient_is_a_zero_step(checkpoint, tmp_path):
@@ -566,25 +572,49 @@ def test_a_subclass_of_ours_may_override_what_we_override(checkpoint, tmp_path):
     assert norms[1] == pytest.approx(2 * norms[0], rel=1e-4)
 
 
-def test_the_self_check_stops_a_run_whose_numbers_differ(checkpoint, tmp_path, monkeypatch):
-    from fastgrpo.integrations.trl import trainer as module
+@pytest.mark.parametrize("path", ["fused", "per-token"])
+def test_the_self_check_stops_a_run_whose_numbers_differ(checkpoint, tmp_path, monkeypatch, path):
+    from fastgrpo.integrations.trl import loss as fused
+    from fastgrpo.integrations.trl import trainer as per_token
 
-    score = module.score
+    def shifted(function):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            for group in getattr(result, "scores", result):
+                group.logp = [logp + 0.01 for logp in group.logp]
+            return result
 
-    def shifted(*args, **kwargs):
-        scores = score(*args, **kwargs)
-        for group in scores:
-            group.logp = [logp + 0.01 for logp in group.logp]
-        return scores
+        return call
 
-    monkeypatch.setattr(module, "score", shifted)
-    trainer = build_trainer(FastGRPOTrainer, checkpoint, tmp_path, max_steps=1)
+    options = dict(max_steps=1, beta=0.0)
+    if path == "fused":
+        monkeypatch.setattr(fused, "loss_of_groups", shifted(fused.loss_of_groups))
+    else:
+        monkeypatch.setattr(per_token, "score", shifted(per_token.score))
+        options["top_entropy_quantile"] = 0.5
+    trainer = build_trainer(FastGRPOTrainer, checkpoint, tmp_path, **options)
     with pytest.raises(RuntimeError, match="differ from TRL's on the first micro-batch: max 0.01"):
         trainer.train()
     assert trainer.state.global_step == 0
     build_trainer(
-        FastGRPOTrainer, checkpoint, tmp_path, max_steps=1, fast={"self_check": False}
+        FastGRPOTrainer, checkpoint, tmp_path, fast={"self_check": False}, **options
     ).train()
+
+
+def test_the_self_check_compares_the_loss_itself(checkpoint, tmp_path, monkeypatch):
+    from fastgrpo.integrations.trl.loss import LossMixin
+
+    right = LossMixin._denominators
+    monkeypatch.setattr(
+        LossMixin, "_denominators", lambda *args: right(*args) | {"num_tokens": 3.0}
+    )
+    trainer = build_trainer(
+        FastGRPOTrainer, checkpoint, tmp_path, max_steps=2, num_iterations=2, beta=0.04
+    )
+    trainer.ref_model.lm_head.weight.data.mul_(1.1)  # a loss that is not zero at once
+    with pytest.raises(RuntimeError, match="fused loss of the first micro-batch"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def liger_forward(self, *args, **kwargs):

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from fastgrpo import recipes
+from fastgrpo.attention.registry import BACKENDS
 from fastgrpo.cli import vlm_r1
 from fastgrpo.cli.config import FastGRPOConfig
 from fastgrpo.errors import InputError
+from fastgrpo.losses.types import LOSS_TYPES
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +94,7 @@ def fit_to_machine(values: dict[str, Any]) -> list[str]:
         notes.append(f"{name}: {note}")
 
     for name in ("bf16", "fp16", "tf32"):
-        given = str(values.get(name, "false")).lower()
-        if given not in ("false", "no", "0") and not gpu:
+        if str(values.get(name, "false")).lower() in vlm_r1.TRUE and not gpu:
             drop(name, "no GPU here, computing in float32")
             if name == "bf16":
                 values["bf16"] = "false"
@@ -202,5 +203,12 @@ def _check(config: FastGRPOConfig, model_config: ModelConfig) -> None:
         )
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
         raise InputError(f"output_dir: {config.output_dir} is a file")
-    if config.reward_compat not in ("fixed", "upstream"):
-        raise InputError(f"reward_compat: expected fixed or upstream, got {config.reward_compat!r}")
+    _check_choice("loss_type", config.loss_type, LOSS_TYPES)
+    if config.backend is not None:
+        _check_choice("backend", config.backend, BACKENDS)
+    _check_choice("reward_compat", config.reward_compat, ("fixed", "upstream"))
+
+
+def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise InputError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

@@ -71,6 +71,11 @@ def reward_settings(config: FastGRPOConfig) -> dict:
     """The trainer's rewards: those named, or a recipe's with its rules."""
     if config.recipe is None:
         functions = [find_reward(name, config.reward_compat) for name in config.reward_funcs]
+        weights = config.reward_weights
+        if weights is not None and len(weights) != len(functions):
+            raise InputError(
+                f"reward_weights: {len(weights)} for the {len(functions)} of reward_funcs"
+            )
         return {"reward_funcs": functions}
     from fastgrpo.recipes.rewards import build_reward
 

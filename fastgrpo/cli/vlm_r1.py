@@ -41,7 +41,7 @@ IGNORED_THERE = (
     *("log_completions", "ds3_gather_for_generation", "max_prompt_length", "arrow_cache_dir"),
 )
 _ONLY_THERE = ("is_reward_customized_from_vlm_module", "freeze_vision_modules", "max_anyres_num")
-_FALSE, _TRUE = ("false", "no", "0"), ("true", "yes", "1")
+FALSE, TRUE = ("false", "no", "0"), ("true", "yes", "1")
 
 
 @dataclass
@@ -61,8 +61,14 @@ def is_vlm_r1(values: dict[str, Any]) -> bool:
     return (
         any(name in values for name in _ONLY_THERE)
         or bool(set(_listed(values.get("reward_funcs"))) & set(REWARDS))
-        or ("data_file_paths" in values and "dataset_name" in values)
+        or _has_dummy(values)
     )
+
+
+def _has_dummy(values: dict[str, Any]) -> bool:
+    """Its scripts must name a dataset, which nothing reads: `--dataset-name not_used`."""
+    name = str(values.get("dataset_name", "/"))
+    return "data_file_paths" in values and "/" not in name and not Path(name).exists()
 
 
 def translate(values: dict[str, Any], known: Container[str]) -> Settings:
@@ -74,7 +80,7 @@ def translate(values: dict[str, Any], known: Container[str]) -> Settings:
     for name, value in DEFAULTS.items():
         if name not in values:
             settings.notes.append(f"{name}: {' '.join(_listed(value))}, VLM-R1's own default")
-    if "data_file_paths" in values and "dataset_name" in values:
+    if _has_dummy(values):
         settings.drop("dataset_name", "VLM-R1 takes a dummy here; the rows are data_file_paths'")
     _rewards(settings)
     for name, ours in RENAMED.items():
@@ -95,9 +101,9 @@ def _listed(value: Any) -> list[str]:
 
 def _true(settings: Settings, name: str) -> bool:
     value = str(settings.values.get(name, "false")).lower()
-    if value not in (*_TRUE, *_FALSE):
+    if value not in (*TRUE, *FALSE):
         raise InputError(f"{name}: expected true or false, got {value!r}")
-    return value in _TRUE
+    return value in TRUE
 
 
 def _rewards(settings: Settings) -> None:
@@ -147,11 +153,11 @@ def _dropout(settings: Settings) -> None:
 
 def _resume(settings: Settings) -> None:
     value = str(settings.values.get("resume_from_checkpoint", "")).lower()
-    if value in (*_TRUE, *_FALSE):
+    if value in (*TRUE, *FALSE):
         settings.drop(
             "resume_from_checkpoint", "a run continues from its newest complete checkpoint (resume)"
         )
-        settings.values["resume"] = "true" if value in _TRUE else "false"
+        settings.values["resume"] = "true" if value in TRUE else "false"
 
 
 def _folders(settings: Settings) -> None:

@@ -41,6 +41,7 @@ def score(
     placeholders: str = "refuse",
     entropy_grad: bool = True,
     balance: RouterBalance | None = None,
+    workspace_mb: float | None = None,
 ) -> list[GroupScores]:
     """Log-probs of every completion under `model`, each prompt and its images encoded once.
 
@@ -57,6 +58,7 @@ def score(
     "neutralize" feeds another token in its place and leaves it out of the loss (logp 0).
     `entropy_grad`: False makes `.entropy` a constant, which saves its part of backward.
     `balance`: collects what a mixture of experts routes, for its load-balancing loss.
+    `workspace_mb`: that of `linear_logprob`.
 
     Raises `InputError` naming the sample, or the reason why the model is not served.
     """
@@ -69,10 +71,11 @@ def score(
     results = [
         GroupScores([empty] * len(g.completions), [empty] * len(g.completions)) for g in groups
     ]
+    options = {"entropy_grad": entropy_grad, "workspace_mb": workspace_mb}
     store = feature_store(rows, detach=False)
     for row in rows:
         with balance.watching(row.layout) if balance else contextlib.nullcontext():
-            columns = score_row(adapter, row, temperature, outputs, store, entropy_grad)
+            columns = score_row(adapter, row, temperature, outputs, store, **options)
         for column, field in zip(columns, ("logp", "entropy"), strict=False):
             for (g, c), value in zip(row.members, column.split(row.lengths), strict=True):
                 getattr(results[g], field)[c] = value
@@ -122,7 +125,9 @@ def score_row(
     temperature: float,
     outputs: tuple[str, ...],
     store: FeatureStore,
+    *,
     entropy_grad: bool = True,
+    workspace_mb: float | None = None,
 ) -> tuple[Tensor, ...]:
     """(N,) log-probs of a row's targets, then entropies if asked for."""
 
@@ -135,6 +140,7 @@ def score_row(
             temperature=temperature,
             outputs=outputs,
             entropy_grad=entropy_grad,
+            workspace_mb=workspace_mb,
         )
         columns = [out.logp] if out.entropy is None else [out.logp, out.entropy]
         return torch.stack(columns, -1)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastgrpo.engine.forward import extra_forwards, feature_store, forward_row
+from fastgrpo.engine.forward import extra_forwards, feature_store
+from fastgrpo.engine.loss import OPTIONAL, Member, RowLoss, loss_dtype, without_tokens
 from fastgrpo.engine.parallel import distributed
 from fastgrpo.engine.score import neutral_id, pack, score_row
 from fastgrpo.engine.self_check import self_check as run_self_check
@@ -15,14 +16,9 @@ from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.objective import KLStream, Objective
 from fastgrpo.ops.grpo_loss import GRPOLoss, grpo_loss, merge_metrics
-from fastgrpo.ops.linear.grpo import linear_grpo_loss
 from fastgrpo.packing.group import Group
 from fastgrpo.packing.row import IGNORED, PackedRow, fed_and_target
 from fastgrpo.packing.vision import FeatureStore
-
-_OPTIONAL = ("old_logp", "ref_logp", "rollout_logp", "token_weights")
-
-Member = tuple[int, int]  # (group, completion)
 
 
 class GRPOStep:
@@ -42,8 +38,8 @@ class GRPOStep:
     `kl_streams` adds KL terms between the policy and log-probs the groups carry under the same
     name in `Group.streams` (an old policy, the policy under a perturbed image, ...), each with its
     own sign, estimator and clamps; `sampled_entropy_coef` adds that times the mean -log-prob.
-    `max_tokens`, `backend`, `self_check`, `placeholders`: as in `score`. `impl`: that of
-    `linear_grpo_loss`.
+    `max_tokens`, `backend`, `self_check`, `placeholders`: as in `score`. `impl`, `workspace_mb`:
+    those of `linear_grpo_loss`.
 
     Returns the loss and TRL's metric names as floats.
     """
@@ -62,16 +58,18 @@ class GRPOStep:
         impl: str | None = None,
         kl_streams: Mapping[str, KLStream] | None = None,
         sampled_entropy_coef: float = 0.0,
+        workspace_mb: float | None = None,
     ):
         if not isinstance(obj, Objective):
             raise InputError(f"obj must be an Objective, got {type(obj).__name__}")
         self.adapter, self.obj = Adapter(model), obj
+        self.loss = RowLoss(
+            obj, dict(kl_streams or {}), sampled_entropy_coef, impl=impl, workspace_mb=workspace_mb
+        )
         self.reference = None if ref_model is None else Adapter(ref_model)
-        self.max_tokens, self.backend, self.impl = max_tokens, backend, impl
+        self.max_tokens, self.backend = max_tokens, backend
         self.skip_zero_gradient = skip_zero_gradient
         self.self_check, self.placeholders = self_check, placeholders
-        self.kl_streams = dict(kl_streams or {})
-        self.sampled_entropy_coef = sampled_entropy_coef
 
     def __call__(
         self,
@@ -103,7 +101,7 @@ class GRPOStep:
         extra = extra_forwards(adapter, rows)
         for _ in range(extra):  # the last row again, with no token that counts
             rows.append(rows[-1])
-            batches.append(batches[-1] | {"mask": torch.zeros_like(batches[-1]["mask"])})
+            batches.append(without_tokens(batches[-1]))
 
         results = [self._idle_loss(skipped, totals)] if skip else []
         store = feature_store(rows, detach=True, every=self._shares_tower(groups))
@@ -111,35 +109,12 @@ class GRPOStep:
         for row, batch, ref_logp in zip(rows, batches, references, strict=True):
             if ref_logp is not None:
                 batch["ref_logp"] = ref_logp
-            result, loss = self._row_loss(row, batch | totals, store)
+            result, loss = self.loss(adapter, row, batch | totals, store)
             (weight * loss).backward()
             results.append(result)
         store.backward()
         results = results[: len(results) - extra]
         return self._metrics(results, groups, idle, weight)
-
-    def _row_loss(self, row: PackedRow, batch: dict, store: FeatureStore):
-        """The row's result and its loss as it leaves the model (one tensor, seen by its hooks)."""
-        results: list[GRPOLoss] = []
-        advantages = batch.pop("advantages")
-
-        def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            results.append(
-                linear_grpo_loss(
-                    hidden,
-                    weight,
-                    row.targets,
-                    advantages,
-                    self.obj,
-                    bias=bias,
-                    impl=self.impl,
-                    **batch,
-                )
-            )
-            return results[0].loss[None]
-
-        loss = forward_row(self.adapter, row, head, store)[0]
-        return results[0], loss
 
     def _idle_loss(self, batch: dict, totals: dict) -> GRPOLoss:
         """Zero loss and the metrics of skipped sequences; any ratio gives the same."""
@@ -147,8 +122,9 @@ class GRPOStep:
         batch.pop("ref_logp", None)
         logp = batch.get("old_logp")
         if logp is None:
-            logp = torch.zeros_like(batch["mask"], dtype=self._dtype())
-        return grpo_loss(logp, batch.pop("advantages"), self.obj, **batch, **totals)
+            logp = torch.zeros_like(batch["mask"], dtype=loss_dtype(self.adapter))
+        batch |= totals | {"sampled_entropy_coef": self.loss.sampled_entropy_coef}
+        return grpo_loss(logp, batch.pop("advantages"), self.obj, **batch)
 
     def _reference_logp(self, groups, rows, store: FeatureStore) -> Iterator[Tensor | None]:
         """For each row (N,) reference log-probs where the groups bring none."""
@@ -194,30 +170,9 @@ class GRPOStep:
         return rows
 
     def _sequences(self, groups, members: Sequence[Member], mask: Tensor) -> dict[str, Tensor]:
-        """The loss's per-token inputs of some completions, in order, on the model's device."""
-        device, dtype = self.adapter.device, self._dtype()
-        lengths = [groups[g].lengths[c] for g, c in members]
-
-        def joined(values) -> Tensor:
-            return torch.cat([*values, torch.zeros(0)]).to(device, dtype)
-
-        batch = {
-            "seq_ids": torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)).to(device),
-            "mask": mask.to(device),
-        }
-        if all(isinstance(group.advantages, Tensor) for group in groups):
-            batch["advantages"] = joined(groups[g].advantages[c][None].cpu() for g, c in members)
-        else:
-            batch["advantages"] = joined(groups[g].token_advantages(c).cpu() for g, c in members)
-        for name in _OPTIONAL:
-            if groups[0].__dict__[name] is not None:
-                batch[name] = joined(getattr(groups[g], name)[c].cpu() for g, c in members)
-        batch["kl_terms"] = [
-            stream.term(joined(groups[g].streams[name][c].cpu() for g, c in members))
-            for name, stream in self.kl_streams.items()
-        ]
-        batch["sampled_entropy_coef"] = self.sampled_entropy_coef
-        return batch
+        """The loss's inputs for some completions, on the model's device."""
+        mask = mask.to(self.adapter.device)
+        return self.loss.inputs(groups, members, mask, loss_dtype(self.adapter))
 
     def _masks(self, groups, members: Sequence[Member]) -> Tensor:
         neutral = neutral_id(self.adapter, self.placeholders)
@@ -227,12 +182,12 @@ class GRPOStep:
         )
 
     def _without_gradient(self, groups) -> list[Member]:
-        """Completions whose every term is exactly zero, whatever the model says."""
+        """Completions whose gradient is exactly zero and whose metrics need no forward either."""
         obj = self.obj
-        if not obj.loss.proportional or obj.beta != 0.0 or obj.needs_entropy:
+        if not self.loss.vanishes_with_advantage or obj.top_entropy_quantile < 1.0:
             return []
-        if self.kl_streams or self.sampled_entropy_coef:
-            return []
+        if obj.loss.metric_per_sequence:
+            return []  # a mean over every sequence
         if groups[0].rollout_logp is not None and groups[0].old_logp is None:
             return []  # the rollout metrics compare with log-probs only the forward gives
         return [
@@ -251,22 +206,17 @@ class GRPOStep:
         loss = weight * sum(result.loss.detach() for result in results)
         return {"loss": float(loss)} | {name: float(value) for name, value in metrics.items()}
 
-    def _dtype(self) -> torch.dtype:
-        """float64 for a float64 model, else float32."""
-        double = next(self.adapter.core.parameters()).dtype == torch.float64
-        return torch.float64 if double else torch.float32
-
     def _check(self, groups: list[Group]) -> None:
         if not groups:
             raise InputError("groups is empty; a step needs at least one group")
         for g, group in enumerate(groups):
             if group.advantages is None:
                 raise InputError(f"groups[{g}] ({group.name}): advantages is missing")
-        for name in self.kl_streams:
+        for name in self.loss.kl_streams:
             for g, group in enumerate(groups):
                 if name not in group.streams:
                     raise InputError(f"groups[{g}] ({group.name}): streams has no {name!r}")
-        for name in _OPTIONAL:
+        for name in OPTIONAL:
             given = [getattr(group, name) is not None for group in groups]
             if any(given) and not all(given):
                 raise InputError(

@@ -21,7 +21,7 @@ class LossType:
     aggregation: how the terms are averaged unless the objective says otherwise.
     levels: the importance-sampling levels it is defined at.
     couples: a token's loss depends on other tokens of its sequence at any level.
-    proportional: where the advantage is 0 the loss and its metrics need no forward.
+    proportional: where a sequence's advantage is 0 its loss and gradient are 0, whatever the model.
     bounds: `delta` and `dual_clip` act on it.
     folds_rollout_weights: the formula uses `row.weights` itself; they must be per token.
     folds_entropy_mask: the formula uses `row.high_entropy` itself.

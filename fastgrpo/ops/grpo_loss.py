@@ -24,7 +24,7 @@ class GRPOLoss:
 
     loss: 0-dim, differentiable. logp: (N,) detached.
     stats: (K, 2) mergeable statistics behind `metrics`, in the order of `stat_names`; see
-    `merge_metrics`. plan, overflow: see `linear_grpo_loss`; only it sets them.
+    `merge_metrics`. plan, overflow, entropy: see `linear_grpo_loss`.
     """
 
     loss: torch.Tensor
@@ -33,6 +33,7 @@ class GRPOLoss:
     stat_names: tuple[str, ...]
     plan: str = "autograd"
     overflow: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
 
     @functools.cached_property
     def metrics(self) -> dict[str, torch.Tensor]:
@@ -155,7 +156,9 @@ class LossCall(NamedTuple):
     def evaluate(self, impl: str) -> GRPOLoss:
         """The result of the call."""
         loss, stats = self.loss_and_stats(impl)
-        return GRPOLoss(loss, self.tokens.logp.detach(), stats, tuple(self.names))
+        t = self.tokens
+        entropy = None if t.entropy is None else t.entropy.detach()
+        return GRPOLoss(loss, t.logp.detach(), stats, tuple(self.names), entropy=entropy)
 
 
 def checked(

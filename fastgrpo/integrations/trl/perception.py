@@ -5,26 +5,54 @@ Letters: B rows, C completion columns.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fastgrpo.advantages import (
-    quantile_mask,
     sequence_mean,
     top_share_mask,
     trajectory_weights,
     visual_dependency,
 )
+from fastgrpo.advantages.perception_rule import PerceptionRule
 from fastgrpo.errors import InputError
 from fastgrpo.images.perturb import perturb
 from fastgrpo.integrations.trl.batches import loss_mask
-from fastgrpo.ops.token_kl import token_kl
+from fastgrpo.objective import KLStream
 
 PERTURBED = "perturbed_per_token_logps"
+TOKEN_WEIGHTS = "token_weights"
+
+
+@dataclass(frozen=True)
+class PerceptionTerms:
+    """PAPO's terms at one step: the KL stream "perturbed", and coefficients of mean(-log p) under
+    the image and under the perturbed one (a constant)."""
+
+    streams: dict[str, KLStream]
+    entropy_coef: float
+    perturbed_entropy_coef: float
+
+
+def perception_terms(rule: PerceptionRule, step: int, total: int) -> PerceptionTerms:
+    """What `rule` adds to the loss at `step` of `total`."""
+    coefficient = rule.kl_coef(step, total)
+    share = coefficient / rule.kl_coef.start if rule.kl_coef.start else 1.0
+    clamp = 10.0 if rule.kl_ceiling is None else min(10.0, rule.kl_ceiling)
+    stream = KLStream(-coefficient, "k3", value_clamp=clamp, token_share=rule.kl_token_share)
+    return PerceptionTerms(
+        {"perturbed": stream}, share * rule.entropy_coef, share * rule.perturbed_entropy_coef
+    )
 
 
 class PerceptionMixin:
-    """Perturbed passes after generation; VPPO's advantages, PAPO's terms in the loss."""
+    """Perturbed passes after generation: VPPO's weights, and the log-probs of PAPO's terms."""
+
+    @property
+    def _progress(self) -> tuple[int, int]:
+        return self.state.global_step, max(self.state.max_steps, 1)
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
@@ -40,7 +68,7 @@ class PerceptionMixin:
             if rule.token_share is not None or rule.weight_minimum is not None:
                 if old is None:
                     old = self._policy_logps(output, output["pixel_values"])
-                output["advantages"] = self._perceptual_advantages(output, old, perturbed)
+                self._weigh(output, old, perturbed)
         if rule.has_loss_terms:
             output[PERTURBED] = perturbed
 
@@ -83,70 +111,21 @@ class PerceptionMixin:
         )
         return logps
 
-    def _perceptual_advantages(self, output: dict, old: Tensor, perturbed: Tensor) -> Tensor:
-        """VPPO: (B, C) advantages with the trajectory's weight, 0 on tokens that need no image."""
+    def _weigh(self, output: dict, old: Tensor, perturbed: Tensor) -> None:
+        """VPPO: advantages times the trajectory's weight; token weights of 0 where a token needs
+        no image."""
         rule, mask = self.perception, loss_mask(output).bool()
         seq_ids = mask.nonzero()[:, 0]
         dependency = visual_dependency(old[mask], perturbed[mask])
-        advantages = output["advantages"]
-        if advantages.ndim == 1:
-            advantages = advantages[:, None].expand(-1, mask.shape[1])
         if rule.weight_minimum is not None:
             local = sequence_mean(dependency, seq_ids, len(mask))
             score = self.accelerator.gather(local)
             valid = self.accelerator.gather(mask.any(1))
             weights = trajectory_weights(score, minimum=rule.weight_minimum, valid=valid)
-            first = self.accelerator.process_index * len(mask)
-            advantages = advantages * weights[first : first + len(mask), None]
+            output["advantages"] = output["advantages"] * self._own_rows(weights, output)
         if rule.token_share is not None:
             kept = torch.zeros_like(mask)
             kept[mask] = top_share_mask(dependency, seq_ids, rule.token_share)
-            advantages = advantages * kept
+            output[TOKEN_WEIGHTS] = kept.float()
             share = kept.sum() / mask.sum().clamp(min=1)
             self._metrics["train"]["fastgrpo/perception_token_share"].append(share.item())
-        return advantages.contiguous()
-
-    def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
-        if PERTURBED not in inputs:
-            return loss
-        return loss + self._perception_loss(self._logps, inputs)
-
-    def _perception_loss(self, logps: Tensor, inputs: dict) -> Tensor:
-        """PAPO's terms, averaged as TRL averages the policy loss of this loss type."""
-        rule, mask = self.perception, loss_mask(inputs).bool()
-        logp, perturbed = logps[mask], inputs[PERTURBED][mask]
-        kl = token_kl(logp, perturbed, "k3", log_ratio_clamp=20.0, value_clamp=10.0)
-        if rule.kl_token_share is not None:
-            seq_ids = mask.nonzero()[:, 0]
-            kl = torch.where(quantile_mask(kl.detach(), seq_ids, rule.kl_token_share), kl, 0.0)
-        if rule.kl_ceiling is not None:
-            kl = kl.clamp(0.0, rule.kl_ceiling)
-        coefficient = rule.kl_coef(self.state.global_step, max(self.state.max_steps, 1))
-        scale = coefficient / rule.kl_coef.start if rule.kl_coef.start else 1.0
-        weights = self._token_weights(inputs, mask)[mask]
-        value = -coefficient * kl - scale * (
-            rule.entropy_coef * logp + rule.perturbed_entropy_coef * perturbed
-        )
-        metrics = self._metrics[self._mode]
-        metrics["fastgrpo/perception_kl"].append((kl * weights).sum().item())
-        metrics["fastgrpo/perception_kl_coef"].append(coefficient)
-        return (value * weights).sum()
-
-    def _token_weights(self, inputs: dict, mask: Tensor) -> Tensor:
-        """(B, C) weight of each token's loss in TRL's normaliser for the loss type in use."""
-        accumulation = self.current_gradient_accumulation_steps if self._mode == "train" else 1.0
-        rows, kind = mask.shape[0], self.loss_type
-        one = torch.ones_like(mask, dtype=torch.float32)
-        if kind in ("grpo", "sapo"):
-            return one / (mask.sum(1, keepdim=True).clamp(min=1) * rows * accumulation)
-        if kind == "bnpo":
-            return one / (mask.sum().clamp(min=1) * accumulation)
-        if kind == "dr_grpo":
-            return one / (rows * self.max_completion_length * accumulation)
-        if kind == "luspo":
-            return one / (rows * accumulation)
-        items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if self._mode == "train":
-            items = items * accumulation / self.args.steps_per_generation
-        return one / items

@@ -6,14 +6,27 @@ Letters: B rows, P prompt columns (left-padded), C completion columns (right-pad
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fastgrpo.engine.loss import OPTIONAL as LOSS_FIELDS
 from fastgrpo.errors import InputError
 from fastgrpo.models.family import Family
 from fastgrpo.packing import Group
+
+# What TRL hands to its per-token pass beside ids, masks and `mm_token_type_ids`.
+IMAGE_FIELDS = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "image_position_ids",
+)
 
 
 @dataclass
@@ -28,6 +41,7 @@ class Rows:
     completions: list[Tensor]
     vision: list[dict[str, Tensor]]
     num_columns: int  # C
+    device: torch.device  # of the batch; ids are on the host
 
 
 def read_rows(
@@ -40,23 +54,28 @@ def read_rows(
     num_images: list[int] | None = None,
     mm_token_type_ids: Tensor | None = None,
 ) -> Rows:
-    """Unpads (B, P + C) ids; `fields` are the batch's image inputs by TRL's names.
+    """Unpads (B, P + C) ids, on the host: one copy of ids and masks, however many rows.
+
+    `fields` are the batch's image inputs by TRL's names.
 
     A completion must be contiguous and start in column P, and may hold no images of a tool; raises
     `InputError` naming the row.
     """
-    width = input_ids.shape[1] - num_columns
+    device, width = input_ids.device, input_ids.shape[1] - num_columns
+    if mm_token_type_ids is None:
+        mm_token_type_ids = torch.zeros_like(input_ids)
+    tables = [x.to(input_ids) for x in (input_ids, attention_mask, mm_token_type_ids)]
+    input_ids, attention_mask, mm_token_type_ids = torch.stack(tables).cpu()
     prompt_mask, completion_mask = attention_mask.bool().split([width, num_columns], dim=1)
     prompt_ids, completion_ids = input_ids.split([width, num_columns], dim=1)
     lengths = completion_mask.sum(1)
-    columns = torch.arange(num_columns, device=input_ids.device)
-    hole = (completion_mask != (columns < lengths[:, None])).any(1)
+    hole = (completion_mask != (torch.arange(num_columns) < lengths[:, None])).any(1)
     if hole.any():
         raise InputError(
             f"row {int(hole.nonzero()[0])}: the completion mask has a hole; a completion must be "
             "right-padded"
         )
-    if mm_token_type_ids is not None and mm_token_type_ids[:, width:].any():
+    if mm_token_type_ids[:, width:].any():
         raise InputError(
             "images inside a completion (returned by a tool) cannot be packed; train this "
             "environment with TRL's own trainer"
@@ -66,6 +85,7 @@ def read_rows(
         completions=[c[:n] for c, n in zip(completion_ids, lengths.tolist(), strict=True)],
         vision=family.split_rows(fields, num_images, len(input_ids)),
         num_columns=num_columns,
+        device=device,
     )
 
 
@@ -75,11 +95,18 @@ def scorable(rows: Rows) -> list[int]:
 
 
 def as_groups(rows: Rows, members: list[int]) -> list[Group]:
-    """One group of one completion per row of `members`; `score` brings equal prompts together."""
-    return [
-        Group(rows.prompts[row], [rows.completions[row]], rows.vision[row], sample_id=f"row {row}")
-        for row in members
-    ]
+    """One group of one completion per row of `members`; `score` brings equal prompts together.
+
+    A row without a completion token (see `anchor_row`) gets one that counts nowhere.
+    """
+    groups = []
+    for row in members:
+        prompt, completion, mask = rows.prompts[row], rows.completions[row], None
+        if completion.numel() == 0:
+            completion, mask = prompt[-1:], [torch.zeros(1)]
+        vision, name = rows.vision[row], f"row {row}"
+        groups.append(Group(prompt, [completion], vision, mask=mask, sample_id=name))
+    return groups
 
 
 def without_gradient(rows: Rows, members: list[int], weightless: list[bool]) -> list[int]:
@@ -92,31 +119,66 @@ def without_gradient(rows: Rows, members: list[int], weightless: list[bool]) -> 
     return [row for row in members if prompts[row] not in live]
 
 
-def anchor_group(rows: Rows, members: list[int]) -> list[Group]:
-    """A group to score with weight 0, so that the parameters TRL gives a zero gradient get one.
+def anchor_row(
+    rows: Rows, members: list[int], idle: list[int], *, needed: bool
+) -> tuple[list[int], list[int]]:
+    """The rows to run with gradient, and those of `idle` to run without.
 
     TRL's forward covers rows that are not scored (see `scorable`): the optimizer's momentum moves
-    parameters only they reach, and every process must run the same forwards. Needed when no row is
-    scored, or none with images although there are some; [] otherwise.
+    parameters only they reach, and every process must run the same forwards. So where `needed`,
+    one row more runs with gradient when none would, or none with images although there are some:
+    its gradient is zero, and no parameter is without one.
     """
+    live = [row for row in members if row not in set(idle)]
     with_images = [row for row, vision in enumerate(rows.vision) if vision]
-    if members and (not with_images or any(rows.vision[row] for row in members)):
-        return []
-    row = with_images[0] if with_images else 0
-    prompt = rows.prompts[row]
-    return [Group(prompt, [prompt[-1:]], rows.vision[row], sample_id=f"row {row}")]
+    covered = live and (not with_images or any(rows.vision[row] for row in live))
+    if covered or not needed:
+        return live, idle
+    choices = with_images or range(len(rows.prompts))
+    idle_ones = [row for row in choices if row in set(idle)]
+    row = min(idle_ones, key=lambda r: len(rows.completions[r]), default=choices[0])
+    return [*live, row], [other for other in idle if other != row]
+
+
+class LossTables:
+    """What the loss reads of each row beside its ids, copied to the host at once.
+
+    `advantages` (B,) or (B, C), `mask` (B, C) of the tokens that count, `columns` (B, C) tables
+    by the names of `Group`'s fields, or of a stream.
+    """
+
+    def __init__(self, advantages: Tensor, mask: Tensor, columns: dict[str, Tensor]):
+        tables = torch.stack([x.float() for x in (mask, *columns.values())]).cpu()
+        self.advantages, self.mask = advantages.float().cpu(), tables[0] != 0
+        self.columns = dict(zip(columns, tables[1:], strict=True))
+        self.num_rows, self.num_tokens = len(mask), int(self.mask.sum())
+
+    def weightless(self) -> list[bool]:
+        """Rows whose advantages are all 0."""
+        return (self.advantages.view(self.num_rows, -1) == 0).all(1).tolist()
+
+    def groups(self, rows: Rows, members: list[int]) -> list[Group]:
+        """`as_groups` with all that the loss needs."""
+        groups = as_groups(rows, members)
+        for i, row in enumerate(members):
+            length, own = groups[i].lengths[0], self.advantages[row]
+            extra = {name: [table[row, :length]] for name, table in self.columns.items()}
+            fields = {name: extra.pop(name) for name in list(extra) if name in LOSS_FIELDS}
+            fields["advantages"] = own[None] if own.ndim == 0 else [own[:length]]
+            fields["mask"] = [self.mask[row, :length]]
+            groups[i] = replace(groups[i], streams=extra, **fields)
+        return groups
 
 
 def scatter(values: list[Tensor], members: list[int], rows: Rows) -> Tensor:
     """(B, C) float32 with `values[i]` (C_i,) in row `members[i]`; exactly 0 elsewhere."""
-    shape = (len(rows.prompts), rows.num_columns)
-    device = rows.prompts[0].device
+    shape, device = (len(rows.prompts), rows.num_columns), rows.device
     if not members:
         return torch.zeros(shape, device=device)
-    columns = torch.arange(rows.num_columns, device=device)
+    columns = torch.arange(rows.num_columns)
     index = torch.cat(
         [columns[: len(v)] + row * shape[1] for v, row in zip(values, members, strict=True)]
-    )
+    ).to(device)
     flat = torch.zeros(shape, device=device).view(-1)
     return flat.index_copy(0, index, torch.cat(values).float()).view(shape)
 

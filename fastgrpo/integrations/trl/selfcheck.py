@@ -25,14 +25,15 @@ def check_against_trl(
     members: list[int],
     logps: Tensor,
     inputs: dict[str, Tensor | None],
+    counted: Tensor,
     *,
     half_precision: bool,
 ) -> float:
     """Compares `logps` (B, C) with `trl_values` on up to four rows spread over the micro-batch.
 
     `members` are the rows to choose from, `inputs` TRL's `input_ids`, `attention_mask` and
-    `mm_token_type_ids`. Returns the largest absolute difference; raises `RuntimeError` when it
-    cannot be rounding.
+    `mm_token_type_ids`, `counted` (B, C) the tokens to compare. Returns the largest absolute
+    difference; raises `RuntimeError` when it cannot be rounding.
     """
     chosen = members[:: max(1, -(-len(members) // CHECKED_ROWS))]
     sliced = {name: value[chosen] for name, value in inputs.items() if value is not None}
@@ -43,8 +44,7 @@ def check_against_trl(
         sliced |= family.join_images([image for row in images for image in row])
     with torch.no_grad():
         expected, _, _ = trl_values(model, logits_to_keep=rows.num_columns, **sliced)
-    counted = sliced["attention_mask"][:, -rows.num_columns :].bool()
-    error = (logps.detach()[chosen] - expected.float()).abs()[counted]
+    error = (logps.detach()[chosen] - expected.float()).abs()[counted[chosen]]
     largest, mean = float(error.max()), float(error.mean())
     worst = mean if half_precision else largest
     if not worst <= (HALF_MEAN_TOLERANCE if half_precision else FLOAT32_TOLERANCE):

@@ -16,12 +16,14 @@ from fastgrpo.integrations.trl.batches import BatchMixin
 from fastgrpo.integrations.trl.checkpoints import CheckpointMixin
 from fastgrpo.integrations.trl.fallback import FallbackMixin
 from fastgrpo.integrations.trl.interruptions import FiniteStepsMixin, OneWriter, SaveOnTerm
-from fastgrpo.integrations.trl.perception import PERTURBED, PerceptionMixin
+from fastgrpo.integrations.trl.loss import ONE_ROW, LossMixin
+from fastgrpo.integrations.trl.perception import PerceptionMixin
 from fastgrpo.integrations.trl.resampling import ResamplingMixin
 from fastgrpo.integrations.trl.rewarding import RewardMixin
 from fastgrpo.integrations.trl.rollout import RolloutMixin
 from fastgrpo.integrations.trl.rows import (
-    anchor_group,
+    IMAGE_FIELDS,
+    anchor_row,
     as_groups,
     read_rows,
     scatter,
@@ -33,8 +35,6 @@ from fastgrpo.integrations.trl.support import check_trainer, check_version
 from fastgrpo.integrations.trl.weights import apply_liger_layers, load_renamed
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing import Group
-
-ONE_ROW = 2**40
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class FastOptions:
     group, instead of `model.generate`: the same distribution, and the same random numbers where a
     batch is whole groups in order. None: wherever it obeys every generation setting, elsewhere
     TRL's own generation and one line with the reason; True raises there, False never uses it.
+    `workspace_mb`: memory for a chunk of logits (None: see `linear_grpo_loss`).
     `liger_kernels`: liger-kernel's RMSNorm, rotary and SwiGLU layers (never its loss), CUDA only.
     `max_skipped_steps`: steps in a row whose gradient is not finite before the run ends.
     `strict`: raise where a packed row cannot express the model, an option or a tool's images, which
@@ -75,6 +76,7 @@ class FastOptions:
     packed_rollout: bool | None = None
     liger_kernels: bool = False
     max_skipped_steps: int = 10
+    workspace_mb: float | None = None
     strict: bool = False
     max_generation_batches: int = 1
 
@@ -82,6 +84,7 @@ class FastOptions:
 class _FastMixin(
     CheckpointMixin,
     ResamplingMixin,
+    LossMixin,
     PerceptionMixin,
     RewardMixin,
     RolloutMixin,
@@ -121,6 +124,7 @@ class _FastMixin(
         if self.args.ddp_broadcast_buffers is None:
             # Passes without gradient may differ between processes; DDP would wait in each.
             self.args.ddp_broadcast_buffers = False
+        self._install_loss()
         self._install_rewards(rule)
 
     def _get_per_token_logps_and_entropies(
@@ -140,6 +144,8 @@ class _FastMixin(
 
         `fields` are the images' inputs, whichever the model's family has.
         """
+        if self._given is not None:
+            return *self._given, None
         if self._unserved():
             return super()._get_per_token_logps_and_entropies(
                 model,
@@ -153,6 +159,7 @@ class _FastMixin(
                 mm_token_type_ids=mm_token_type_ids,
                 **fields,
             )
+        self._check_images(fields)
         rows = read_rows(
             input_ids,
             attention_mask,
@@ -165,28 +172,31 @@ class _FastMixin(
         members, idle = scorable(rows), []
         if torch.is_grad_enabled() and self._weightless is not None:
             idle = without_gradient(rows, members, self._weightless)
-            members = [row for row in members if row not in set(idle)]
         outputs = ("logp", "entropy") if compute_entropy else ("logp",)
-        # Several processes: `score` is a collective, so each one calls it once, whatever it holds.
-        anchored = torch.is_grad_enabled() or self.accelerator.num_processes > 1
-        anchor = anchor_group(rows, members) if anchored else []
-        scores = self._score(model, as_groups(rows, members) + anchor, outputs)
-        scores, extra = scores[: len(members)], scores[len(members) :]
+        live, idle = anchor_row(rows, members, idle, needed=self._anchored())
+        scores = self._score(model, as_groups(rows, live), outputs)
         with torch.no_grad():
             scores += self._score(model, as_groups(rows, idle), outputs)
-        members = members + idle
-        logps = scatter([s.logp[0] for s in scores], members, rows)
-        for group in extra:
-            logps = logps + 0.0 * group.logp[0].sum()
+        logps = scatter([s.logp[0] for s in scores], live + idle, rows)
         entropies = None
         if compute_entropy:
-            entropies = scatter([s.entropy[0] for s in scores], members, rows)
+            entropies = scatter([s.entropy[0] for s in scores], live + idle, rows)
         if self.fast.self_check and id(model) not in self._checked_models:
-            self._self_check(
-                model, rows, members, logps, input_ids, attention_mask, mm_token_type_ids
-            )
-        self._logps = logps  # what the perception terms of this micro-batch are made of
+            given = {"input_ids": input_ids, "attention_mask": attention_mask}
+            given["mm_token_type_ids"] = mm_token_type_ids
+            counted = attention_mask[:, -logits_to_keep:]
+            self._self_check(model, rows, members, logps, given, counted)
         return logps, entropies, None
+
+    def _check_images(self, batch: dict) -> None:
+        """The images' inputs of a batch (keys are TRL's) are those of the model's family."""
+        family = Adapter(self.accelerator.unwrap_model(self.model)).family
+        given = [name for name in IMAGE_FIELDS if batch.get(name) is not None]
+        foreign = [name for name in given if name not in family.vision_inputs]
+        if foreign:
+            raise InputError(
+                f"{foreign[0]}: images of family {family.name!r} come in {family.vision_inputs}"
+            )
 
     def _score(self, model: nn.Module, groups: list[Group], outputs: tuple[str, ...]) -> list:
         if not groups:
@@ -206,41 +216,17 @@ class _FastMixin(
                 outputs=outputs,
                 max_tokens=max_tokens,
                 backend=self.fast.backend,
-                entropy_grad=self._entropy_bonus_enabled,
+                # TRL's loss needs it for its bonus only; another's may for anything.
+                entropy_grad=self._entropy_bonus_enabled or self._changed("_compute_loss"),
+                workspace_mb=self.fast.workspace_mb,
                 self_check=False,  # check_against_trl compares more rows, with TRL's own values
                 placeholders="neutralize",
             )
 
-    def _compute_loss(self, model, inputs):
-        self._weightless = None
-        if self._advantages_are_the_only_weights(inputs):
-            advantages = inputs["advantages"]
-            self._weightless = (advantages.view(len(advantages), -1) == 0).all(1).tolist()
-        try:
-            return super()._compute_loss(model, inputs)
-        finally:
-            self._weightless = None
-
-    def _advantages_are_the_only_weights(self, inputs: dict) -> bool:
-        """Whether a sequence of advantage 0 has a gradient of 0: TRL's own loss, nothing added."""
-        return (
-            self.fast.skip_zero_gradient
-            and self.accelerator.num_processes == 1  # `score` is a collective
-            and not self._changed("_compute_loss")
-            and PERTURBED not in inputs
-            and self._unserved() is None
-            and self.beta == 0.0
-            and not self._entropy_bonus_enabled
-        )
-
-    def _changed(self, name: str) -> bool:
-        """Whether a class that is neither TRL's nor ours, or this instance, has its own `name`."""
-        classes = [cls for cls in type(self).__mro__ if name in vars(cls)]
-        known = ("fastgrpo.integrations.trl.", "trl.trainer.")
-        return name in vars(self) or not all(c.__module__.startswith(known) for c in classes)
-
-    def _self_check(self, model, rows, members, logps, input_ids, attention_mask, types) -> None:
-        clean = [row for row in members if not self._is_placeholder(rows.completions[row]).any()]
+    def _self_check(self, model, rows, members, logps, inputs: dict, counted: Tensor) -> None:
+        ids = [rows.completions[row] for row in members]
+        clean = [r for r, c in zip(members, ids, strict=True) if not self._is_placeholder(c).any()]
+        clean = [row for row in clean if counted[row].any()]
         if not clean:
             return
         dtype = next(model.parameters()).dtype
@@ -251,7 +237,8 @@ class _FastMixin(
             rows,
             clean,
             logps,
-            dict(input_ids=input_ids, attention_mask=attention_mask, mm_token_type_ids=types),
+            inputs,
+            counted.bool(),
             half_precision=dtype.itemsize < 4 or self.accelerator.mixed_precision != "no",
         )
         self._checked_models.add(id(model))

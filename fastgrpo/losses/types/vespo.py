@@ -10,12 +10,12 @@ from fastgrpo.losses.row import Row
 _LOW = math.log(1e-8)
 
 
-# Not proportional: its mean weight is a metric of every sequence.
 @loss_type(
     "vespo",
     "token-mean",
     levels=LEVELS,
     couples=True,
+    proportional=True,
     folds_rollout_weights=True,
     metric="vespo/phi_seq_mean",
     metric_per_sequence=True,

@@ -69,11 +69,11 @@ def linear_grpo_loss(
             dweight_scale to what the loss will be multiplied by before backward), and backward
             leaves weight.grad alone. Eager only.
 
-    Returns GRPOLoss: loss is differentiable in hidden, weight and bias (once); logp (N,) is
-    detached, 0 where masked; plan is "one_pass", "two_pass" (top_entropy_quantile), "keep" (the
-    exponentials are), "forward" (no gradient wanted) or "autograd" (the reference); overflow counts
-    the rows whose exponents left float32 about the target logit and were recomputed about their
-    maximum.
+    Returns GRPOLoss: loss is differentiable in hidden, weight and bias (once); logp and entropy
+    (None unless measured) are (N,), detached, 0 where masked; plan is "one_pass", "two_pass"
+    (top_entropy_quantile), "keep" (the exponentials are), "forward" (no gradient wanted) or
+    "autograd" (the reference); overflow counts the rows whose exponents left float32 about the
+    target logit and were recomputed about their maximum.
     """
     if not isinstance(obj, Objective):
         raise InputError(f"obj: expected fastgrpo.Objective, got {type(obj).__name__}")
@@ -187,17 +187,18 @@ def _by_chunks(
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     if into is None:
         columns, spec = pack(call)
-        loss, stats, logp, _, _, _, overflow = linear_grpo_op(
+        loss, stats, logp, _, _, _, overflow, entropy = linear_grpo_op(
             *head, columns, call.num_rows, spec, need
         )
     else:
         apply = _Accumulating.apply
-        loss, stats, logp, overflow = apply(
+        loss, stats, logp, overflow, entropy = apply(
             head.hidden, head.bias, head, call, need, into, into_scale
         )
     plan = "two_pass" if call.obj.top_entropy_quantile < 1.0 else "one_pass"
     plan = plan if any(need) else "forward"
-    return GRPOLoss(loss, logp, stats, tuple(call.names), plan, overflow)
+    entropy = None if call.tokens.entropy is None else entropy
+    return GRPOLoss(loss, logp, stats, tuple(call.names), plan, overflow, entropy)
 
 
 class _Accumulating(torch.autograd.Function):
@@ -205,11 +206,12 @@ class _Accumulating(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, bias, head, call, need, into, into_scale):
-        loss, stats, logp, dhidden, _, dbias, overflow = run(head, call, need, into, into_scale)
+        out = run(head, call, need, into, into_scale)
+        loss, stats, logp, dhidden, _, dbias, overflow, entropy = out
         ctx.save_for_backward(dhidden, dbias)
         ctx.dtypes = hidden.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(stats, logp, overflow)
-        return loss, stats, logp, overflow
+        ctx.mark_non_differentiable(stats, logp, overflow, entropy)
+        return loss, stats, logp, overflow, entropy
 
     @staticmethod
     def backward(ctx, dloss, *_):

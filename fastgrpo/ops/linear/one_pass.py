@@ -65,8 +65,12 @@ def linear_grpo_op(
     torch.Tensor,
     torch.Tensor,
     torch.Tensor,
+    torch.Tensor,
 ]:
-    """(loss, stats, logp, dhidden, dweight, dbias, overflow count); columns and spec: `pack`."""
+    """(loss, stats, logp, dhidden, dweight, dbias, overflow count, entropy (N,) or (0,)).
+
+    columns and spec: `pack`.
+    """
     head = Projection(
         hidden, weight, bias, targets, inv_temperature, softcap, logit_scale, impl, workspace_mb,
         group,
@@ -87,15 +91,16 @@ def _(hidden, weight, bias, targets, inv_t, softcap, scale, impl, workspace, gro
         weight.new_empty(weight.shape if need[1] else 0, dtype=wide),
         hidden.new_empty(weight.shape[0] if need[2] else 0, dtype=wide),
         hidden.new_empty((), dtype=torch.int64),
+        hidden.new_empty(0 if call.tokens.entropy is None else hidden.shape[0], dtype=wide),
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, stats, logp, dhidden, dweight, dbias, clamped = output
+    _, stats, logp, dhidden, dweight, dbias, clamped, entropy = output
     ctx.save_for_backward(dhidden, dweight, dbias)
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.num_columns = len(inputs[10])
-    ctx.mark_non_differentiable(stats, logp, dhidden, dweight, dbias, clamped)
+    ctx.mark_non_differentiable(stats, logp, dhidden, dweight, dbias, clamped, entropy)
     # Without this, backward is handed a (V, D) tensor of zeros for the dweight among the outputs.
     ctx.set_materialize_grads(False)
 
@@ -147,7 +152,8 @@ def run(
         if safe or not int(clamped):
             break
     value, stats = call.loss_and_stats(loss.impl)
-    return value, stats, call.tokens.logp, *grads.finish(), clamped
+    measured = hidden.new_empty(0, dtype=t.logp.dtype) if entropy is None else entropy
+    return value, stats, call.tokens.logp, *grads.finish(), clamped, measured
 
 
 def _run_blocks(

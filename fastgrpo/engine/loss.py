@@ -1,0 +1,202 @@
+"""The loss of packed rows: projection, loss and both gradients inside the model's forward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgrpo.advantages.perception import quantile_mask
+from fastgrpo.engine.forward import extra_forwards, feature_store, forward_row
+from fastgrpo.engine.score import GroupScores, pack
+from fastgrpo.errors import InputError
+from fastgrpo.models.adapter import Adapter
+from fastgrpo.objective import KLStream, KLTerm, Objective
+from fastgrpo.ops.grpo_loss import GRPOLoss
+from fastgrpo.ops.linear.grpo import linear_grpo_loss
+from fastgrpo.ops.linear.logprob import linear_logprob
+from fastgrpo.ops.token_kl import token_kl
+from fastgrpo.packing.group import Group
+from fastgrpo.packing.row import IGNORED, PackedRow
+from fastgrpo.packing.vision import FeatureStore
+
+OPTIONAL = ("old_logp", "ref_logp", "rollout_logp", "token_weights")
+_SHARE_CLAMP = 10.0  # PAPO chooses tokens by a divergence clamped there
+
+Member = tuple[int, int]  # (group, completion)
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """What the rows of a step minimise: an objective, KL streams and the sampled entropy.
+
+        loss = grpo_loss + sum_i c_i kl_i - s mean log p       (all over one denominator)
+
+    `kl_streams` name log-probs the groups carry in `Group.streams`; s is `sampled_entropy_coef`.
+    `with_entropy`: measure entropies although nothing needs them. `impl`, `workspace_mb`: those of
+    `linear_grpo_loss`.
+    """
+
+    obj: Objective
+    kl_streams: Mapping[str, KLStream] = dataclasses.field(default_factory=dict)
+    sampled_entropy_coef: float = 0.0
+    with_entropy: bool = False
+    impl: str | None = None
+    workspace_mb: float | None = None
+
+    @property
+    def vanishes_with_advantage(self) -> bool:
+        """Whether a sequence of advantage 0 has a gradient of 0, whatever the model says."""
+        obj = self.obj
+        adds = obj.beta != 0.0 or obj.entropy_coef != 0.0
+        adds = adds or bool(self.kl_streams) or self.sampled_entropy_coef != 0.0
+        return obj.loss.proportional and not adds
+
+    def inputs(
+        self, groups: Sequence[Group], members: Sequence[Member], mask: Tensor, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """The loss's inputs for the tokens of some completions, in order, on the mask's device."""
+        device = mask.device
+        lengths = torch.tensor([groups[g].lengths[c] for g, c in members], dtype=torch.int64)
+
+        def joined(values) -> Tensor:
+            return torch.cat([*(v.cpu() for v in values), torch.zeros(0)]).to(device, dtype)
+
+        batch = {"seq_ids": torch.repeat_interleave(lengths).to(device), "mask": mask}
+        if all(isinstance(group.advantages, Tensor) for group in groups):
+            batch["advantages"] = joined(groups[g].advantages[c][None] for g, c in members)
+        else:
+            batch["advantages"] = joined(groups[g].token_advantages(c) for g, c in members)
+        for name in OPTIONAL:
+            if groups[0].__dict__[name] is not None:
+                batch[name] = joined(getattr(groups[g], name)[c] for g, c in members)
+        batch["kl_terms"] = [
+            stream.term(joined(groups[g].streams[name][c] for g, c in members))
+            for name, stream in self.kl_streams.items()
+        ]
+        return batch
+
+    def __call__(
+        self, adapter: Adapter, row: PackedRow, batch: dict, store: FeatureStore
+    ) -> tuple[GRPOLoss, Tensor]:
+        """The row's result, and its loss as it leaves the model (one tensor, seen by its hooks).
+
+        `batch`: the `inputs` of the row's members and the denominators of the step.
+        """
+        results: list[GRPOLoss] = []
+
+        def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            results.append(self.of_hidden(hidden, weight, bias, row.targets, batch))
+            return results[0].loss[None]
+
+        loss = forward_row(adapter, row, head, store)[0]
+        return results[0], loss
+
+    def of_hidden(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, batch: dict
+    ) -> GRPOLoss:
+        """The loss of (N, D) hidden states that predict `targets` (N,)."""
+        given = dict(batch)
+        if any(stream.token_share is not None for stream in self.kl_streams.values()):
+            given["kl_terms"] = self._chosen(hidden, weight, bias, targets, batch)
+        return linear_grpo_loss(
+            hidden,
+            weight,
+            targets,
+            given.pop("advantages"),
+            self.obj,
+            bias=bias,
+            impl=self.impl,
+            workspace_mb=self.workspace_mb,
+            with_entropy=self.with_entropy,
+            sampled_entropy_coef=self.sampled_entropy_coef,
+            **given,
+        )
+
+    @torch.no_grad()
+    def _chosen(self, hidden, weight, bias, targets, batch: dict) -> list[KLTerm]:
+        """The KL terms on the share of each sequence's tokens that diverge most."""
+        logp = linear_logprob(
+            hidden, weight, targets, bias=bias, temperature=self.obj.temperature
+        ).logp
+        terms = []
+        for stream, term in zip(self.kl_streams.values(), batch["kl_terms"], strict=True):
+            if stream.token_share is not None:
+                clamps = {"log_ratio_clamp": term.log_ratio_clamp, "value_clamp": _SHARE_CLAMP}
+                kl = token_kl(logp, term.other_logp, term.estimator, **clamps)
+                chosen = quantile_mask(kl, batch["seq_ids"], stream.token_share, batch["mask"])
+                term = dataclasses.replace(term, mask=chosen)
+            terms.append(term)
+        return terms
+
+
+@dataclass
+class StepLoss:
+    """A differentiable loss and what it was made of: (C_i,) log-probs and entropies by group, and
+    each row's result."""
+
+    loss: Tensor
+    scores: list[GroupScores]
+    results: list[GRPOLoss]
+
+
+def loss_of_groups(
+    loss: RowLoss,
+    adapter: Adapter,
+    groups: Sequence[Group],
+    *,
+    num_tokens: float,
+    num_sequences: float,
+    max_tokens: int | None = None,
+    backend: str | None = None,
+    placeholders: str = "refuse",
+) -> StepLoss:
+    """The loss of `groups` as one tensor whose backward gives every gradient.
+
+    (For a loop that calls backward itself; `GRPOStep` does so row by row.) The log-probs and
+    entropies it returns are constants. The denominators are those of the optimizer step.
+    """
+    rows = pack(
+        adapter,
+        groups,
+        adapter.prepare(backend),
+        max_tokens=max_tokens,
+        placeholders=placeholders,
+    )
+    if loss.obj.top_entropy_quantile < 1.0 and len(rows) > 1:
+        raise InputError(
+            f"top_entropy_quantile={loss.obj.top_entropy_quantile} ranks the tokens of the whole "
+            f"step, which takes {len(rows)} rows; raise max_tokens"
+        )
+    empty = torch.zeros(0, device=adapter.device)
+    scores = [
+        GroupScores([empty] * len(g.completions), [empty] * len(g.completions)) for g in groups
+    ]
+    totals = {"num_tokens": num_tokens, "num_sequences": num_sequences}
+    store, parts, results = feature_store(rows, detach=False), [], []
+    for row in rows:
+        batch = loss.inputs(groups, row.members, row.targets != IGNORED, loss_dtype(adapter))
+        result, part = loss(adapter, row, batch | totals, store)
+        parts.append(part)
+        results.append(result)
+        for column, field in ((result.logp, "logp"), (result.entropy, "entropy")):
+            if column is not None:
+                for (g, c), value in zip(row.members, column.split(row.lengths), strict=True):
+                    getattr(scores[g], field)[c] = value
+    for _ in range(extra_forwards(adapter, rows)):  # the last row again; no token of it counts
+        parts.append(loss(adapter, rows[-1], without_tokens(batch) | totals, store)[1])
+    return StepLoss(torch.stack(parts).sum() if parts else empty.sum(), scores, results)
+
+
+def without_tokens(batch: dict) -> dict:
+    """The inputs of a row that is run for the other ranks' sake."""
+    return batch | {"mask": torch.zeros_like(batch["mask"])}
+
+
+def loss_dtype(adapter: Adapter) -> torch.dtype:
+    """float64 for a float64 model, else float32."""
+    double = next(adapter.core.parameters()).dtype == torch.float64
+    return torch.float64 if double else torch.float32

@@ -1,0 +1,327 @@
+"""Whole optimizer steps of TRL's GRPOTrainer against the drop-in as shipped, split by phase.
+
+A Qwen2.5-VL built from a config (a Qwen2 for the shape of text alone), P prompts, G completions of
+exactly C tokens, a reference model, one micro-batch a group. The trainers take turns: in each round
+every one trains for two steps from the same weights with the same seed, and the second is measured
+(the first also runs the self-check, once per run). `error` is the relative difference of the first
+gradient norm from TRL's, on the same completions: the samplers take the same random numbers.
+
+The floor of a phase is the time of stock forwards over its distinct tokens, each prompt and its
+images once, every completion token once and nothing padded: for generation the prompts and then C
+forwards of one token per completion, for scoring one forward of all tokens, for the loss one
+forward and backward of them.
+"""
+
+import argparse
+import contextlib
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import common
+import torch
+from bench_step import SHAPES as MODELS
+
+from fastgrpo.testing import models as tm
+from fastgrpo.testing.processors import tiny_processor, tiny_tokenizer
+
+PHASES = ("generation", "scoring", "loss", "optimizer")
+# images' (height, width) in patches, text tokens of a prompt, P, G, C; no image: a text model
+SHAPES = {
+    "4 x 8, 480 image tokens": ((40, 48), 40, 4, 8, 64),
+    "4 x 4, 480 image tokens": ((40, 48), 40, 4, 4, 64),
+    "4 x 8, text": (None, 520, 4, 8, 64),
+}
+SMALL = {"2 x 4, 32 image tokens": ((8, 16), 8, 2, 4, 4), "2 x 4, text": (None, 24, 2, 4, 4)}
+
+
+class Phases:
+    """Seconds by phase; a phase inside another counts for itself alone."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.open: list[str] = []
+        self.restart()
+
+    def restart(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.last = self._now()
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _charge(self) -> None:
+        now = self._now()
+        self.seconds[self.open[-1] if self.open else "rest"] += now - self.last
+        self.last = now
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        self._charge()
+        self.open.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self.open.pop()
+
+    def watch(self, owner, method: str, name: str) -> None:
+        """Calls of this instance's method are this phase."""
+        original = getattr(owner, method)
+
+        def watched(*args, **kwargs):
+            with self.phase(name):
+                return original(*args, **kwargs)
+
+        setattr(owner, method, watched)
+
+
+@dataclass
+class Job:
+    """A checkpoint on disk and what every trainer trains on."""
+
+    folder: Path
+    rows: list[dict]
+    generations: int
+    new_tokens: int
+    device: str
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.rows)
+
+
+def prepare(folder: Path, shape: tuple, size: str, device: str) -> Job:
+    image, text, prompts, generations, new_tokens = shape
+    hidden, heads, layers, vocabulary = MODELS[size][:4]
+    decoder = dict(
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        vocab_size=vocabulary,
+    )
+    tower = dict(
+        depth=4,
+        hidden_size=hidden * 5 // 8,
+        intermediate_size=hidden * 7 // 4 // 8 * 8,
+        num_heads=heads[2],
+        patch_size=14,
+        window_size=112,
+        fullatt_block_indexes=[3],
+    )
+    family, options = ("qwen2", {}) if image is None else ("qwen2_5_vl", {"vision": tower})
+    model = tm.tiny_model(family, text=decoder, **options)
+    model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
+    if image is None:
+        tiny_tokenizer(model.config).save_pretrained(folder)
+    else:
+        processor = tiny_processor(model.config)
+        processor.image_processor.size["longest_edge"] = 14 * 14 * 4096
+        processor.save_pretrained(folder)
+    rows = []
+    for index in range(prompts):
+        words = f"{index} ".ljust(text, "abcdefghij "[index % 10])
+        rows.append({"prompt": [{"role": "user", "content": words}]})
+        if image is not None:
+            rows[-1]["images"] = [_picture(image, index)]
+    return Job(folder, rows, generations, new_tokens, device)
+
+
+def _picture(patches: tuple[int, int], index: int):
+    from PIL import Image
+
+    pixels = torch.rand(patches[0] * 14, patches[1] * 14, 3, generator=_seeded(index))
+    return Image.fromarray((pixels * 255).byte().numpy())
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def variants() -> dict[str, type]:
+    from trl import GRPOTrainer
+
+    from fastgrpo.integrations.trl import FastGRPOTrainer
+
+    class PerToken(FastGRPOTrainer):
+        """A class with a loss of its own: the trainer hands it per-token log-probs."""
+
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs)
+
+    return {"TRL": GRPOTrainer, "fastgrpo": FastGRPOTrainer, "fastgrpo, per-token loss": PerToken}
+
+
+def two_steps(cls: type, job: Job, output: Path) -> tuple[dict[str, float], dict]:
+    """Seconds by phase of the second step, `whole` included, and the first step's log entry."""
+    from transformers import TrainerCallback
+
+    from fastgrpo.testing.trl import build_trainer, steps_of
+
+    phases, measured = Phases(job.device), {}
+
+    class Stopwatch(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+            phases.watch(optimizer, "step", "optimizer")
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            phases.restart()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            with phases.phase("rest"):
+                pass
+            measured.clear()
+            measured.update(phases.seconds, whole=sum(phases.seconds.values()))
+
+    trainer = build_trainer(
+        cls,
+        job.folder,
+        output,
+        rows=job.rows,
+        reward=lambda completions, **columns: [
+            float(len(set(completion[0]["content"]))) for completion in completions
+        ],
+        callbacks=[Stopwatch()],
+        max_steps=2,
+        per_device_train_batch_size=job.generations,
+        gradient_accumulation_steps=job.num_prompts,
+        num_generations=job.generations,
+        max_completion_length=job.new_tokens,
+        generation_kwargs={"min_new_tokens": job.new_tokens},
+        learning_rate=1e-6,
+        use_cpu=job.device == "cpu",
+        bf16=job.device == "cuda",
+    )
+    for method, name in (
+        ("training_step", "loss"),
+        ("_prepare_inputs", "rest"),
+        ("_generate_and_score_completions", "scoring"),
+        ("_tokenize_prompts", "rest"),
+        ("_generate_single_turn", "generation"),
+        ("_calculate_rewards", "rest"),
+    ):
+        phases.watch(trainer, method, name)
+    trainer.train()
+    return measured, steps_of(trainer)[0]
+
+
+def floors(job: Job, repeats: int) -> dict[str, float]:
+    """Seconds of stock forwards over the distinct tokens of each phase."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(job.folder)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(job.folder)
+    model.to(job.device)
+    reader = transformers.AutoProcessor if "images" in job.rows[0] else transformers.AutoTokenizer
+    processor = reader.from_pretrained(job.folder)
+    prompts = [_prompt_inputs(processor, row, job.device) for row in job.rows]
+    count = job.num_prompts * job.generations
+    tokens = torch.randint(0, tm.TEXT_VOCAB, (count, job.new_tokens), generator=_seeded(0))
+    tokens = tokens.to(job.device)
+
+    def forward(backward: bool) -> None:
+        with contextlib.nullcontext() if backward else torch.no_grad():
+            for inputs in prompts:
+                last = model(**inputs, logits_to_keep=1, use_cache=False).logits
+                if backward:
+                    last.float().logsumexp(-1).sum().backward()
+            logits = model(input_ids=tokens, use_cache=False).logits
+            if backward:
+                logits.float().logsumexp(-1).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    def generation() -> None:
+        with torch.no_grad():
+            for inputs in prompts:
+                model(**inputs, logits_to_keep=1, use_cache=False)
+            for column in tokens.split(1, 1):
+                model(input_ids=column, use_cache=False)
+
+    runs = {
+        "generation": generation,
+        "scoring": partial(forward, False),
+        "loss": partial(forward, True),
+    }
+    return {k: ms / 1e3 for k, ms in common.median_ms(runs, job.device, repeats).items()}
+
+
+def _prompt_inputs(processor, row: dict, device: str) -> dict[str, torch.Tensor]:
+    """The stock model's inputs for one prompt."""
+    text = processor.apply_chat_template(
+        _with_images(row), add_generation_prompt=True, tokenize=False
+    )
+    given = {"images": row["images"]} if "images" in row else {}
+    inputs = processor(text=[text], return_tensors="pt", **given)
+    inputs = {k: v.to(device) for k, v in inputs.items() if k != "token_type_ids"}
+    if given:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == tm.IMAGE_ID).int()
+    return inputs
+
+
+def _with_images(row: dict) -> list[dict]:
+    message = row["prompt"][0]
+    parts = [{"type": "image"} for _ in row.get("images", ())]
+    return [message | {"content": [*parts, {"type": "text", "text": message["content"]}]}]
+
+
+def rows(args: argparse.Namespace) -> list[common.Row]:
+    shapes = SMALL if args.small else SHAPES
+    size = "small" if args.small else "cuda" if args.device == "cuda" else "full"
+    chosen = {name: shape for name, shape in shapes.items() if args.only in name}
+    return [row for name, shape in chosen.items() for row in _measured(name, shape, size, args)]
+
+
+def _measured(name: str, shape: tuple, size: str, args) -> list[common.Row]:
+    runs: dict[str, list[dict[str, float]]] = defaultdict(list)
+    norms: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        job = prepare(Path(scratch) / "model", shape, size, args.device)
+        for _ in range(args.rounds):
+            for variant, cls in variants().items():
+                seconds, first = two_steps(cls, job, Path(scratch) / "out")
+                runs[variant].append(seconds)
+                norms[variant] = first["grad_norm"]
+        floor = floors(job, args.repeats)
+    medians = {
+        variant: {
+            phase: statistics.median(run.get(phase, 0.0) for run in done)
+            for phase in (*PHASES, "rest", "whole")
+        }
+        for variant, done in runs.items()
+    }
+    return [
+        common.Row(
+            "whole_step",
+            f"{name}, {job.new_tokens} new, {size}",
+            variant,
+            seconds["whole"] * 1e3,
+            error=abs(norms[variant] - norms["TRL"]) / norms["TRL"] if variant != "TRL" else None,
+            note="one optimizer step, reference model, every parameter trained",
+            extra=_figures(seconds, floor, medians["TRL"]["whole"]),
+        )
+        for variant, seconds in medians.items()
+    ]
+
+
+def _figures(seconds: dict, floor: dict, trl: float) -> dict[str, float]:
+    figures = {f"{phase} ms": seconds[phase] * 1e3 for phase in (*PHASES, "rest")}
+    figures |= {f"{phase} / floor": seconds[phase] / floor[phase] for phase in floor}
+    figures["step / floor"] = seconds["whole"] / sum(floor.values())
+    figures["TRL / this"] = trl / seconds["whole"]
+    return figures
+
+
+if __name__ == "__main__":
+    common.main(
+        rows,
+        only=dict(default="", help="run only the shapes whose name has this in it"),
+        rounds=dict(type=int, default=2, help="times each trainer has its turn"),
+    )

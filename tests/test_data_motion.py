@@ -1,13 +1,17 @@
 """Stages in order and a dataset that grows while it is read."""
 
 import itertools
+import json
 import threading
 import time
 
 import pytest
 from datasets import Dataset
+from PIL import Image
 
-from fastgrpo.data.motion import DataFeed, GrowingDataset, staged
+from fastgrpo.data.growing import load_growing
+from fastgrpo.data.motion import DataFeed, GrowingDataset, in_stages, staged
+from fastgrpo.data.vlm_r1 import RowReader
 from fastgrpo.errors import InputError
 
 
@@ -87,3 +91,35 @@ def test_feed_appends_until_closed_and_raises_what_the_source_raised():
 
     with pytest.raises(OSError, match="server gone"), DataFeed(data, broken()):
         time.sleep(0.05)
+
+
+def test_stages_of_one_data_set_follow_the_row_counts():
+    data = Dataset.from_list(rows(0, 6))
+    order = [int(p) for p in in_stages(data, [2, 4], seed=1, epochs=[2, 1])["prompt"]]
+    assert sorted(order[:2]) == sorted(order[2:4]) == [0, 1] and sorted(order[4:]) == [2, 3, 4, 5]
+    assert [int(p) for p in in_stages(data, [2, 4], epochs=[0, 1])["prompt"]] == [2, 3, 4, 5]
+    with pytest.raises(InputError, match="one is above 0"):
+        in_stages(data, [2, 4], epochs=[0, 0])
+
+
+def test_a_file_that_grows_is_read_as_it_grows(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    file = tmp_path / "rows.jsonl"
+
+    def line(question, **extra):
+        turns = [{"value": f"<image>{question}"}, {"value": "y"}]
+        return json.dumps({"image": "a.png", "conversations": turns} | extra) + "\n"
+
+    file.write_text(line("first") + line("half")[:20])
+    reader = RowReader(file, tmp_path, "{Question}", "default", (), "header", 10_000)
+    dataset, feed = load_growing(reader, 6, quarantine_file=tmp_path / "q.jsonl", seconds=0.01)
+    assert len(dataset) == 6
+    assert {dataset[i]["problem"] for i in range(6)} == {"first"}
+    assert dataset[5]["images"][0].size == (8, 6)
+    with feed:
+        with file.open("a") as stream:
+            stream.write(line("half")[20:] + line("lost", image="b.png") + line("third"))
+        while dataset[2]["problem"] != "third":
+            time.sleep(0.01)
+    assert [dataset[i]["problem"] for i in range(4)] == ["first", "half", "third", "first"]
+    assert [(row.line, row.reason) for row in dataset.quarantined] == [(3, "missing")]

@@ -35,6 +35,13 @@ class FastGRPOConfig(GRPOConfig):
     reward_method: str | None = _option(
         None, "accu_reward_method of the rows that name none, one per data file, ':' between them."
     )
+    stage_epochs: list[int] | None = field(
+        default=None,
+        metadata={"help": "data_file_paths are stages, in order, each this many times."},
+    )
+    growing_rows: int | None = _option(
+        None, "Rows of an epoch; the data file is appended to while training and read as it grows."
+    )
     eval_data_file_paths: str | None = _option(None, "Like data_file_paths, for evaluation.")
     eval_image_folders: str | None = _option(None, "Like image_folders, for evaluation.")
     val_split_ratio: float = _option(0.0, "Share of the training rows set apart for evaluation.")

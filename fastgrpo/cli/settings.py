@@ -74,6 +74,8 @@ def parse(
     except (ValueError, RuntimeError, TypeError, OSError) as error:  # TRL's own checks
         raise InputError(" ".join(str(error).split())) from error
     _check(config, model_config)
+    for note in _in_motion(config):
+        say(note)
     if model_config.use_peft and model_config.lora_target_modules is None:
         model_config.lora_target_modules = "all-linear"
     config.generation_kwargs = (
@@ -207,6 +209,30 @@ def _check(config: FastGRPOConfig, model_config: ModelConfig) -> None:
     if config.backend is not None:
         _check_choice("backend", config.backend, BACKENDS)
     _check_choice("reward_compat", config.reward_compat, ("fixed", "upstream"))
+
+
+def _in_motion(config: FastGRPOConfig) -> list[str]:
+    """What stages and growing data need of the other settings; set, or `InputError`."""
+    if config.stage_epochs is None and config.growing_rows is None:
+        return []
+    name = "growing_rows" if config.stage_epochs is None else "stage_epochs"
+    if config.data_file_paths is None:
+        raise InputError(f"{name}: needs data_file_paths")
+    if config.stage_epochs is not None:
+        if config.growing_rows is not None:
+            raise InputError("stage_epochs and growing_rows exclude each other")
+        config.shuffle_dataset = False
+        config.num_train_epochs = 1
+        return ["stage_epochs: the stages are one epoch (num_train_epochs 1), in their order"]
+    if config.growing_rows < 1:
+        raise InputError(f"growing_rows: expected a number above 0, got {config.growing_rows}")
+    if ":" in config.data_file_paths:
+        raise InputError("growing_rows: one file grows; data_file_paths names several")
+    if config.val_split_ratio or config.eval_data_file_paths:
+        raise InputError("growing_rows: rows to evaluate cannot be set apart from a growing file")
+    if config.world_size > 1 or config.dataloader_num_workers:
+        raise InputError("growing_rows: one process without dataloader workers reads it")
+    return []
 
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:

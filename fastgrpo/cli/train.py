@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -31,7 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     config, model_config = parse(arguments)
     trainer = build_trainer(config, model_config)
     record(trainer)
-    trainer.train(resume_from_checkpoint=_checkpoint(config))
+    with getattr(trainer.train_dataset, "feed", contextlib.nullcontext()):
+        trainer.train(resume_from_checkpoint=_checkpoint(config))
     trainer.save_model(config.output_dir)
     trainer.save_state()
     trainer.accelerator.print(f"model: {Path(config.output_dir).resolve()}")

@@ -34,6 +34,26 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict | RowFault]]:
         raise InputError(f"data_file_paths: {file} cannot be read: {error}") from None
 
 
+class GrowingLines:
+    """The lines of a JSONL file that another process appends to, each once."""
+
+    def __init__(self, file: Path):
+        self.file, self._position, self._line = file, 0, 0
+
+    def read(self) -> Iterator[tuple[int, dict | RowFault]]:
+        """What was finished since the last call, as `read_rows` gives it."""
+        with self.file.open("rb") as stream:
+            stream.seek(self._position)
+            new = stream.read()
+        new = new[: new.rfind(b"\n") + 1]
+        self._position += len(new)
+        for raw in new.splitlines():
+            self._line += 1
+            row = _parsed(raw)
+            if row is not None:
+                yield self._line, row
+
+
 def _elements(file: Path, data: bytes) -> Iterator[dict | RowFault]:
     try:
         return map(_object, orjson.loads(data.removeprefix(b"\xef\xbb\xbf")))

@@ -139,3 +139,17 @@ class DataFeed:
                 self._dataset.append(rows)
         except BaseException as error:  # handed to the thread that closes the context
             self._error = error
+
+
+def as_dataset(rows: GrowingDataset):
+    """A `datasets.Dataset` of nominal length whose row i is `rows[i]` when it is read.
+
+    It must be read in the process that holds `rows`: no dataloader workers.
+    """
+    from datasets import Dataset
+
+    def read(numbers: dict[str, list[int]]) -> dict[str, list]:
+        found = [rows[number] for number in numbers["number"]]
+        return {name: [row[name] for row in found] for name in found[0]}
+
+    return Dataset.from_dict({"number": range(len(rows))}).with_transform(read)

@@ -89,29 +89,47 @@ def load_vlm_r1(
 
     Source of the format: om-ai-lab/VLM-R1, `grpo_jsonl.py`; the templates are our own words.
     """
-    files, folders, methods = _sources(data_file_paths, image_folders, reward_method)
-    template = question_template or QUESTION_TEMPLATES.get(task_type, QUESTION_TEMPLATES["default"])
-    if template.count(QUESTION) != 1:
-        raise InputError(f"question_template must contain {QUESTION} once, got {template!r:.200}")
+    files, folders, methods = sources(data_file_paths, image_folders, reward_method)
+    template = template_of(task_type, question_template)
     check_verification(verify_images, max_image_pixels)
     quarantine, table, aside = Quarantine(quarantine_file), _Table(), []
+    checks = (image_tokens, verify_images, max_image_pixels)
     for file, folder, method in zip(files, folders, methods, strict=True):
+        reader = RowReader(file, folder, template, method, *checks)
         for line, row in read_rows(file):
-            try:
-                if isinstance(row, RowFault):
-                    raise row
-                check_columns(list(row), f"{file}:{line}")
-                columns = _to_columns(row, folder, template, method, image_tokens)
-                for source in columns["image_path"]:
-                    verify_image(source, verify_images, max_image_pixels)
-                table.append(columns | {"data_row": f"{file}:{line}"})
-            except (RowFault, ImageFault) as fault:
-                own_id = row.get("id") if isinstance(row, dict) else None
-                aside.append(SetAside(str(file), line, own_id, fault.reason, str(fault)))
+            read = reader.read(line, row)
+            aside.append(read) if isinstance(read, SetAside) else table.append(read)
     quarantine.add(*aside)
     where = f"data_file_paths: {', '.join(map(str, files))}"
     num_rows = table.num_rows + len(aside)
     return finish(_dataset(table), quarantine, num_rows, where, "image_path", max_image_pixels)
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """The rows of one file in the columns of `load_vlm_r1`."""
+
+    file: Path
+    folder: Path | None
+    template: str
+    method: str
+    image_tokens: Iterable[str]
+    verify_images: str
+    max_image_pixels: int
+
+    def read(self, line: int, row: dict | RowFault) -> dict | SetAside:
+        """The columns of a row, or why it is set aside; `InputError` for a column TRL needs."""
+        try:
+            if isinstance(row, RowFault):
+                raise row
+            check_columns(list(row), f"{self.file}:{line}")
+            columns = _to_columns(row, self.folder, self.template, self.method, self.image_tokens)
+            for source in columns["image_path"]:
+                verify_image(source, self.verify_images, self.max_image_pixels)
+        except (RowFault, ImageFault) as fault:
+            own_id = row.get("id") if isinstance(row, dict) else None
+            return SetAside(str(self.file), line, own_id, fault.reason, str(fault))
+        return columns | {"data_row": f"{self.file}:{line}"}
 
 
 def split_validation(dataset, ratio: float, seed: int = 0):
@@ -128,7 +146,17 @@ def split_validation(dataset, ratio: float, seed: int = 0):
     return parts["train"], parts["test"]
 
 
-def _sources(data_file_paths, image_folders, reward_method) -> tuple[list, list, list]:
+def template_of(task_type: str, question_template: str | None) -> str:
+    """The question template of a run, checked."""
+    template = question_template or QUESTION_TEMPLATES.get(task_type, QUESTION_TEMPLATES["default"])
+    if template.count(QUESTION) != 1:
+        raise InputError(f"question_template must contain {QUESTION} once, got {template!r:.200}")
+    return template
+
+
+def sources(data_file_paths, image_folders, reward_method) -> tuple[list, list, list]:
+    """(files, folders, methods) of equal length, all of them there."""
+
     def entries(value):
         return value.split(":") if isinstance(value, str) else list(value)
 

@@ -6,6 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import fastgrpo as fg
 from fastgrpo import attention
+from fastgrpo.attention import registry
 from fastgrpo.attention.registry import get_backend
 from fastgrpo.attention.vision import block_attention
 from fastgrpo.packing import GroupLayout
@@ -50,6 +51,54 @@ def test_kvgather_equals_dense(row, heads, kv_heads, window):
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
     for a, b in zip(got_grads, want_grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+BLOCKS = {  # row -> tokens that see one another in both directions
+    "one_group": [(2, 5)],
+    "no_completion": [(0, 4)],  # a whole prompt
+    "many": [(0, 1), (3, 9), (9, 17), (53, 54), (60, 119)],
+}
+
+
+@pytest.mark.parametrize("row", BLOCKS)
+@pytest.mark.parametrize("window", (None, 4))
+def test_kvgather_equals_dense_with_tokens_that_see_both_ways(row, window):
+    layout = GroupLayout(ROWS[row], blocks=BLOCKS[row])
+    inputs = qkv(layout.total, 4, 2, 8)
+    want, want_grads = attend("dense", inputs, layout, window)
+    got, got_grads = attend("kvgather", inputs, layout, window)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("window", (None, 4))
+def test_blocks_add_pairs_to_the_causal_mask_and_take_none(window):
+    plain = GroupLayout(ROWS["many"]).dense_mask(window)
+    mask = GroupLayout(ROWS["many"], blocks=BLOCKS["many"]).dense_mask(window)
+    for query in range(len(mask)):
+        seen = plain[query].clone()
+        for start, end in BLOCKS["many"]:
+            if start <= query < end:
+                seen[start:end] = True
+        assert torch.equal(mask[query], seen)
+
+
+@pytest.mark.parametrize("blocks", ([(5, 9)], [(3, 6), (5, 7)], [(2, 2)], [(8, 9)]))
+def test_blocks_lie_inside_one_prompt_and_apart(blocks):
+    with pytest.raises(fg.InputError, match="blocks: .* inside one prompt"):
+        GroupLayout(ROWS["one_group"], blocks=blocks)
+
+
+def test_backends_without_a_mask_refuse_tokens_that_see_both_ways():
+    device = torch.device("cpu")
+    assert attention.choose_backend(None, device, torch.float32, 64, blocks=True) == "kvgather"
+    for name in ("triton", "flash_attn", "torch_varlen", "xformers"):
+        with pytest.raises(fg.InputError, match=f"backend='{name}' .* see both ways"):
+            attention.choose_backend(name, device, torch.float32, 64, blocks=True)
+        layout = GroupLayout(ROWS["one_group"], backend=name, blocks=BLOCKS["one_group"])
+        with pytest.raises(fg.InputError, match=r"tokens \(2, 5\), which see"):
+            registry._attend_of(layout)
 
 
 def test_dense_equals_each_sequence_alone():

@@ -88,7 +88,12 @@ def _batch(segments: Tensor, window: int | None, layout) -> tuple[Batch, Tensor,
     mask = j[:, None] <= text_pos
     if window is not None:
         mask &= text_pos - j[:, None] < window
-    plain = window is None and not prefix.any() and bool(real.all())
+    if layout.blocks:
+        block = layout.block_ids().cpu()
+        of_query, of_key = block[query_index], block[key_index.view(len(segments), -1)]
+        same = (of_query[:, :, None] == of_key[:, None]) & (of_query >= 0)[:, :, None]
+        mask = mask | (same & (j < keys)[:, None])
+    plain = window is None and not prefix.any() and bool(real.all()) and not layout.blocks
     device = layout.kv_index.device
     batch = Batch(
         len(segments),

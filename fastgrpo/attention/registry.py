@@ -27,15 +27,18 @@ _fallbacks: dict[str, str] = {}  # registered name -> the implementation it hand
 
 class Backend(NamedTuple):
     """`attend(query (T, H, D), key (T, K, D), value (T, K, D), layout, *, scale, window) ->
-    (T, H, D)`, and `unavailable(device, dtype, head_dim)` -> the reason, or None."""
+    (T, H, D)`, `unavailable(device, dtype, head_dim)` -> the reason, or None, and whether it serves
+    layouts with `blocks`."""
 
     attend: Callable
     unavailable: Callable[[torch.device, torch.dtype, int], str | None]
+    serves_blocks: bool
 
 
 # name -> module with `attend` and `unavailable`; imported on first use. In order of preference:
 # flash-attn before the own kernel until a measurement (bench_shared_prefix_attention) says
-# otherwise; xformers, which cannot do sliding windows, only when asked for.
+# otherwise; xformers, which cannot do sliding windows, only when asked for. Tokens that see one
+# another in both directions (`GroupLayout.blocks`) are in a mask, which two of them take.
 BACKENDS = {
     "flash_attn": "fastgrpo.attention.flash_attn",
     "triton": "fastgrpo.attention.triton",
@@ -44,6 +47,7 @@ BACKENDS = {
     "dense": "fastgrpo.attention.dense",
     "xformers": "fastgrpo.attention.xformers",
 }
+_WITH_BLOCKS = ("kvgather", "dense")
 
 
 def get_backend(name: str) -> Backend:
@@ -51,22 +55,37 @@ def get_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     module = importlib.import_module(BACKENDS[name])
-    return Backend(module.attend, module.unavailable)
+    return Backend(module.attend, module.unavailable, name in _WITH_BLOCKS)
 
 
 def choose_backend(
-    name: str | None, device: torch.device, dtype: torch.dtype, head_dim: int
+    name: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    blocks: bool = False,
 ) -> str:
-    """The name itself if it can serve, else `InputError` with the reason; None: the best."""
+    """The name itself if it can serve, else `InputError` with the reason; None: the best.
+
+    blocks: the model's prompts have tokens that see one another in both directions.
+    """
     if name is not None:
-        reason = get_backend(name).unavailable(device, dtype, head_dim)
+        reason = _unavailable(name, device, dtype, head_dim, blocks)
         if reason:
             raise InputError(f"backend={name!r} cannot serve: {reason}")
         return name
     for candidate in BACKENDS:
-        if get_backend(candidate).unavailable(device, dtype, head_dim) is None:
+        if _unavailable(candidate, device, dtype, head_dim, blocks) is None:
             return candidate
     raise InputError(f"no attention backend serves {device} {dtype}")
+
+
+def _unavailable(name: str, device, dtype, head_dim: int, blocks: bool) -> str | None:
+    backend = get_backend(name)
+    if blocks and not backend.serves_blocks:
+        return f"it has no tokens that see both ways; {' and '.join(_WITH_BLOCKS)} have"
+    return backend.unavailable(device, dtype, head_dim)
 
 
 def install(model) -> None:
@@ -159,7 +178,7 @@ def _group_attention(fallback: str) -> Callable:
             )
         _check_call(query, key, attention_mask, dropout, fg_layout)
         # A rollout's state attends by itself; a GroupLayout names a backend.
-        attend = getattr(fg_layout, "attend", None) or get_backend(fg_layout.backend).attend
+        attend = getattr(fg_layout, "attend", None) or _attend_of(fg_layout)
         out = attend(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),
@@ -171,6 +190,16 @@ def _group_attention(fallback: str) -> Callable:
         return out[None], None
 
     return attention
+
+
+def _attend_of(layout) -> Callable:
+    backend = get_backend(layout.backend)
+    if layout.blocks and not backend.serves_blocks:
+        raise InputError(
+            f"backend={layout.backend!r} cannot serve tokens {layout.blocks[0]}, which see one "
+            f"another in both directions; {' and '.join(_WITH_BLOCKS)} can"
+        )
+    return backend.attend
 
 
 def _check_call(query, key, attention_mask, dropout, layout):

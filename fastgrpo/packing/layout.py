@@ -51,11 +51,16 @@ class GroupLayout:
       completion_id (N,) int64       completion of each predicted token, counted over the row
 
     `segments` is the same table as Python tuples (start, end, prefix_start, prefix_end); `backend`
-    names the attention implementation that serves the row. It is a plain class on purpose: FSDP
-    rebuilds dataclasses it finds among a module's arguments.
+    names the attention implementation that serves the row. `blocks` are the (start, end) of packed
+    tokens inside a prompt that see one another in both directions, whatever a sliding window says:
+    an image's, or a whole prompt. It is a plain class on purpose: FSDP rebuilds dataclasses it
+    finds among a module's arguments.
     """
 
-    __slots__ = (*_TABLES, "total", "max_q", "max_k", "segments", "lengths", "backend", "cache")
+    __slots__ = (
+        *(*_TABLES, "total", "max_q", "max_k", "segments", "lengths", "backend", "blocks"),
+        "cache",
+    )
 
     def __init__(
         self,
@@ -63,10 +68,12 @@ class GroupLayout:
         *,
         device: torch.device | str = "cpu",
         backend: str = "dense",
+        blocks: Sequence[tuple[int, int]] = (),
     ):
         """`lengths`: for each group the prompt's length and those of its completions."""
         self.lengths = [(int(p), [int(c) for c in cs]) for p, cs in lengths]
         self.backend, self.cache = backend, {}
+        self.blocks = [(int(start), int(end)) for start, end in blocks]
         self.segments, groups, offset = [], [], 0
         for group, (prompt, completions) in enumerate(self.lengths):
             start, offset = offset, offset + prompt
@@ -77,6 +84,7 @@ class GroupLayout:
                 groups.append(group)
                 offset += length
         self.total = offset
+        self._check_blocks()
         keys = sum(end - start + p_end - p_start for start, end, p_start, p_end in self.segments)
         if keys >= 2**31:
             raise InputError(f"one packed row has {keys} keys, 2^31 at most; lower max_tokens")
@@ -96,6 +104,27 @@ class GroupLayout:
             self.cache["predictors"] = row_index(self.pred_index, len(self.keep_rows))
         return self.cache["predictors"]
 
+    def _check_blocks(self) -> None:
+        prompts = [(start, end) for start, end, p_start, p_end in self.segments if p_start == p_end]
+        at = 0
+        for start, end in self.blocks:
+            inside = any(low <= start < end <= high for low, high in prompts)
+            if not inside or start < at:
+                raise InputError(
+                    f"blocks: [{start}, {end}) must lie inside one prompt and after the block "
+                    f"before it; the prompts are {prompts}"
+                )
+            at = end
+
+    def block_ids(self) -> Tensor:
+        """(T,) int64: which of `blocks` each token is in, -1 for none."""
+        if "block_ids" not in self.cache:
+            ids = torch.full((self.total,), -1, device="cpu")
+            for i, (start, end) in enumerate(self.blocks):
+                ids[start:end] = i
+            self.cache["block_ids"] = ids.to(self.kv_index.device)
+        return self.cache["block_ids"]
+
     def dense_mask(self, window: int | None = None) -> Tensor:
         """(T, T) bool, True where query (row) sees key (column); the definition of the layout."""
         key = ("dense", window)
@@ -107,6 +136,9 @@ class GroupLayout:
             mask &= row[:, None] >= row[None, :]
             if window is not None:
                 mask &= self.text_pos[:, None] - self.text_pos[None, :] < window
+            if self.blocks:
+                block = self.block_ids()
+                mask |= (block[:, None] == block[None, :]) & (block >= 0)
             self.cache[key] = mask
         return self.cache[key]
 

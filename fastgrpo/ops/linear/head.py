@@ -66,6 +66,8 @@ class Head:
         self.softcap, self.logit_scale = softcap, logit_scale
         self.offset_exp, self.impl = offset_exp_as(impl), impl
         self.shard = Shard(group_name, weight.shape[0]) if group_name else None
+        plain = half and impl == "triton" and bias is None and softcap is None and not group_name
+        self.epilogue = plain and _epilogue().serves(self.weight)
 
     def buffer(self, rows: int) -> torch.Tensor:
         """Memory for the logits of a chunk."""
@@ -101,6 +103,8 @@ class Head:
         safe: rows whose exponents overflow are recomputed about their maximum; costs a host
         synchronisation, so that CUDA callers may look at `overflow` once at the end instead.
         """
+        if self.epilogue and not entropy:
+            return self._chunk_by_epilogue(x, y, inv_t, buffer, safe, keep)
         z = self.logits(x, buffer[: len(x)])
         if self.shard is not None:
             y = self.shard.local(y)
@@ -137,6 +141,33 @@ class Head:
             self._safe_rows(x, y, inv_t, c)
         return c
 
+    def _chunk_by_epilogue(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        inv_t: torch.Tensor | None,
+        buffer: torch.Tensor,
+        safe: bool,
+        keep: torch.Tensor | None,
+    ) -> Chunk:
+        """`chunk` by the matmul that ends in the exponential; the offset is a dot product of its
+        own, about which the matmul's target logit is shifted by its rounding."""
+        V = len(self.weight)
+        exps = buffer.view(torch.bfloat16)[: len(x), :V] if keep is None else keep
+        wrong = (y < 0) | (y >= V)
+        y = y.clamp(0, V - 1)
+        scale = x.new_ones(len(x), dtype=self.acc_dtype) if inv_t is None else inv_t
+        scale = scale * self.logit_scale
+        S, c, zy = _epilogue().linear_exp(x, self.weight, y, scale, exps)
+        shift = (c - zy) * scale
+        shift = torch.where(wrong, torch.nan, shift)
+        overflow = ~((S < exp_limit(S.dtype)) & shift.isfinite())
+        logp = -shift - torch.log1p(S + torch.expm1(-shift))
+        out = Chunk(exps, S + torch.exp(-shift), shift, logp, None, zy * self.logit_scale, overflow)
+        if safe and bool(overflow.any()):
+            self._safe_rows(x, y, inv_t, out)
+        return out
+
     def _target_logit(self, z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """f(z_y) over all shards: one all-reduce of a float per row."""
         here = (y >= 0) & (y < z.shape[1])
@@ -169,7 +200,7 @@ class Head:
             c.entropy[rows] = total.log() - moment / total
         set_target_(E, y, -S[:, None], self.shard is not None)
         c.exps[rows] = E.to(c.exps.dtype)
-        c.shift = torch.zeros_like(c.total)
+        c.shift = torch.zeros_like(c.total) if c.shift is None else c.shift
         c.shift[rows], c.total[rows] = shift, total
         c.logp[rows] = -shift - torch.log1p(S + torch.expm1(-shift))
 
@@ -356,6 +387,10 @@ def mm_wide(
     if out is None:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _epilogue():
+    return importlib.import_module("fastgrpo_kernels.linear_exp")
 
 
 def offset_exp_as(impl: str) -> Callable:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration  #
 from fastgrpo import InputError  # noqa: E402
 from fastgrpo.checkpoints import fault_of, newest_complete  # noqa: E402
 from fastgrpo.cli import main  # noqa: E402
+from fastgrpo.cli.config import FastGRPOConfig  # noqa: E402
 from fastgrpo.cli.train import build_trainer, find_reward, load_processor, parse  # noqa: E402
+from fastgrpo.integrations.trl import FastOptions  # noqa: E402
 from fastgrpo.testing.trl import save_checkpoint  # noqa: E402
 
 
@@ -257,6 +260,12 @@ def test_required_settings(job, tmp_path, missing):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(InputError, match=f"{missing} is required"):
         parse(["--config", str(tmp_path / "config.yaml")])
+
+
+def test_every_option_of_the_trainer_is_a_setting_with_its_default():
+    settings = {field.name: field.default for field in fields(FastGRPOConfig)}
+    for option in fields(FastOptions):
+        assert settings[option.name] == option.default, option.name
 
 
 def test_an_unknown_setting_is_an_error(job, tmp_path):

@@ -76,6 +76,9 @@ class FastGRPOConfig(GRPOConfig):
         None, "Sample in packed rows; default: wherever they obey every generation setting."
     )
     strict: bool = _option(False, "Refuse what packed rows cannot express; TRL computes it else.")
+    workspace_mb: float | None = _option(
+        None, "Memory for a chunk of logits; default: by the free memory of the device."
+    )
     max_generation_batches: int = _option(
         1, "Above 1: groups without a gradient give way to fresh prompts, up to so many batches."
     )

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastgrpo.errors import InputError
-from fastgrpo.rewards.core.guard import guarded, scored_row, too_long, verified
+from fastgrpo.rewards.core.guard import MAX_BYTES, guarded, scored_row, too_long, verified
 from fastgrpo.rewards.geometry import frames
 from fastgrpo.rewards.read.chat import completion_text
 from fastgrpo.rewards.read.faults import TEXT_FAULTS
@@ -223,28 +223,40 @@ class Reward:
         ]
 
     def _fixed(self, completions, given, settings) -> list[float | None]:
-        rewards: list[float | None] = [self._spec.fallback] * len(completions)
-        readable, texts = [], []
-        for i, completion in enumerate(completions):
-            try:
-                text = completion_text(completion)
-            except TEXT_FAULTS:
-                self._count("not_text")
-                continue
-            if too_long(text):
-                self._count("too_long")
-                continue
-            readable.append(i)
-            texts.append(text)
-        if len(readable) < len(completions):
+        # Plain ASCII needs no look at its parts and its encoding.
+        plain = [type(c) is str and c.isascii() and len(c) <= MAX_BYTES for c in completions]
+        readable, texts = None, completions
+        if not all(plain):
+            read = [self._text(c) for c in completions]
+            readable = [i for i, text in enumerate(read) if text is not None]
+            texts = [read[i] for i in readable]
             given = {k: [v[i] for i in readable] for k, v in given.items()}
         rows = {k: given[k] for k in self._columns if k in given}
         if self.framed:
             rows["frames"] = self.frames_of(given, len(texts))
-        scored = self._scores(texts, rows, settings)
+        low, high = self.range
+        scored = [
+            v if type(v) is float and low <= v <= high else self._bounded(v)
+            for v in self._scores(texts, rows, settings)
+        ]
+        if readable is None:
+            return scored
+        rewards: list[float | None] = [self._spec.fallback] * len(completions)
         for i, value in zip(readable, scored, strict=True):
-            rewards[i] = self._bounded(value)
+            rewards[i] = value
         return rewards
+
+    def _text(self, completion: Any) -> str | None:
+        """The text of a completion, None and counted when it has none or too much."""
+        try:
+            text = completion_text(completion)
+        except TEXT_FAULTS:
+            self._count("not_text")
+            return None
+        if too_long(text):
+            self._count("too_long")
+            return None
+        return text
 
     def _scores(self, texts, rows, settings) -> list[float | None]:
         def note(i: int, reason: str) -> None:

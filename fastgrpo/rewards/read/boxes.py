@@ -10,13 +10,16 @@ Numbers are decimals, in scientific notation too.
 
 from __future__ import annotations
 
-import math
 from typing import Any
+
+import orjson
 
 from fastgrpo.rewards.read.tags import pattern
 
 # Brackets looked at before a text counts as one without a box, and characters between them.
 MAX_BRACKETS, MAX_BOX_CHARS = 4096, 128
+# No coordinate of any image; products of two stay exact enough.
+HUGE = 1e9
 # The longest text searched for the other forms.
 MAX_SEARCHED = 1 << 16
 
@@ -32,7 +35,7 @@ def finite_box(box: Any) -> bool:
     return (
         isinstance(box, list | tuple)
         and len(box) == 4
-        and all(type(v) in (int, float) and abs(v) < 1e9 and math.isfinite(v) for v in box)
+        and all(type(v) in (int, float) and -HUGE < v < HUGE for v in box)
     )
 
 
@@ -48,27 +51,35 @@ def finite_point(point: Any) -> bool:
 
 def first_box(text: str) -> list[float] | None:
     """The first box in brackets, else the first of another form."""
-    box = bracket_box(text)
-    if box is not None:
-        return box
+    return bracket_box(text) or other_box(text)
+
+
+def other_box(text: str) -> list[float] | None:
+    """The first box of a form without brackets."""
     if "(" in text:
         return corner_box(text) or _searched(_PARENS, text)
     return _searched(_LOCATIONS, text) if "<loc" in text else None
 
 
-def bracket_box(text: str) -> list[float] | None:
-    """The first `[a, b, c, d]` of finite decimal numbers."""
-    position = 0
+def whole_box(text: str) -> list[float] | None:
+    """The box of a text that is nothing but `[a, b, c, d]`, answer tags and blanks aside."""
+    text = text.removeprefix("<answer>").removesuffix("</answer>").strip()
+    return _decimals(text) if text[:1] == "[" and text[-1:] == "]" else None
+
+
+def bracket_box(text: str, start: int = 0) -> list[float] | None:
+    """The first `[a, b, c, d]` of finite decimal numbers from `start` on."""
     for _ in range(MAX_BRACKETS):
-        closed = text.find("]", position)
+        closed = text.find("]", start)
         if closed < 0:
             return None
-        opened = text.rfind("[", max(position, closed - MAX_BOX_CHARS), closed)
+        earliest = closed - MAX_BOX_CHARS
+        opened = text.rfind("[", start if start > earliest else earliest, closed)
         if opened >= 0:
-            box = _decimals(text[opened + 1 : closed])
+            box = _decimals(text[opened : closed + 1])
             if box is not None:
                 return box
-        position = closed + 1
+        start = closed + 1
     return None
 
 
@@ -76,8 +87,9 @@ def bracket_boxes(text: str, limit: int) -> list[list[float]]:
     """Every `[a, b, c, d]` of the text, at most `limit`."""
     boxes: list[list[float]] = []
     for part in text.split("]", MAX_BRACKETS)[:-1]:
-        box = _decimals(part[part.rfind("[", max(0, len(part) - MAX_BOX_CHARS)) + 1 :])
-        if box is not None and "[" in part[-MAX_BOX_CHARS:]:
+        opened = part.rfind("[", max(0, len(part) - MAX_BOX_CHARS))
+        box = _decimals(f"{part[opened:]}]") if opened >= 0 else None
+        if box is not None:
             boxes.append(box)
         if len(boxes) == limit:
             break
@@ -94,12 +106,18 @@ def _searched(form: str, text: str) -> list[float] | None:
     return [float(number) for number in found.groups()] if found else None
 
 
-def _decimals(inner: str) -> list[float] | None:
-    parts = inner.split(",")
-    if len(parts) != 4 or inner.strip("0123456789.+-eE, \t\r\n"):
+def _decimals(bracketed: str) -> list[float] | None:
+    if bracketed.strip("[]0123456789.+-eE, \t\r\n"):
         return None
     try:
-        box = [float(part) for part in parts]
-    except ValueError:
+        box = orjson.loads(bracketed)  # 0.3 us; float() of four parts takes 0.8
+    except orjson.JSONDecodeError:  # 3. and +1 are numbers too
+        try:
+            box = [float(part) for part in bracketed[1:-1].split(",")]
+        except ValueError:
+            return None
+    if len(box) != 4:
         return None
-    return box if all(map(math.isfinite, box)) else None
+    a, b, c, d = box
+    small = -HUGE < a < HUGE and -HUGE < b < HUGE and -HUGE < c < HUGE and -HUGE < d < HUGE
+    return box if small else None

@@ -28,35 +28,45 @@ def pattern(source: str):
 
 def between(text: str, start: str, end: str, *, last: bool = False) -> str | None:
     """What lies between `start` and the next `end`: first or last such pair, None without one."""
-    found, position = None, 0
-    for _ in range(MAX_PAIRS):
+    opened = text.find(start)
+    if opened < 0:
+        return None
+    closed = text.find(end, opened + len(start))
+    if closed < 0:
+        return None
+    found, position = text[opened + len(start) : closed], closed + len(end)
+    for _ in range(MAX_PAIRS - 1 if last else 0):
         opened = text.find(start, position)
         if opened < 0:
             break
         closed = text.find(end, opened + len(start))
         if closed < 0:
             break
-        found = text[opened + len(start) : closed]
-        if not last:
-            break
-        position = closed + len(end)
+        found, position = text[opened + len(start) : closed], closed + len(end)
     return found
 
 
 def answer(text: str, *, last: bool = False) -> str | None:
     """The content of the first (or last) `<answer>...</answer>`."""
-    return between(text, "<answer>", "</answer>", last=last)
+    opened = text.find("<answer>")
+    closed = text.find("</answer>", opened + 8) if opened >= 0 else -1
+    if closed < 0:
+        return None
+    if last and text.find("<answer>", closed) >= 0:
+        return between(text, "<answer>", "</answer>", last=True)
+    return text[opened + 8 : closed]
 
 
 def answer_or_all(text: str, *, last: bool = False) -> str:
     """The content of the first (or last) `<answer>`, or the whole text without one."""
-    content = between(text, "<answer>", "</answer>", last=last)
+    content = answer(text, last=last)
     return text if content is None else content
 
 
 def last_answer(text: str) -> str:
     """The content of the last `<answer>`, or the whole text without one."""
-    return answer_or_all(text, last=True)
+    content = answer(text, last=True)
+    return text if content is None else content
 
 
 def one_line_answer(text: str) -> str:

@@ -11,9 +11,9 @@ from fastgrpo.errors import InputError
 from fastgrpo.rewards.core.guard import Note
 from fastgrpo.rewards.core.registry import reward
 from fastgrpo.rewards.core.truth import thought, written_box
-from fastgrpo.rewards.geometry.frames import RowFrames
+from fastgrpo.rewards.geometry.frames import SAME, RowFrames
 from fastgrpo.rewards.geometry.overlap import iou as overlap
-from fastgrpo.rewards.read.boxes import finite_box, first_box, ordered_box
+from fastgrpo.rewards.read.boxes import bracket_box, finite_box, first_box, other_box, whole_box
 from fastgrpo.rewards.read.faults import BadColumn, Unscorable
 from fastgrpo.rewards.read.tags import answer, last_answer, think_then_answer
 
@@ -24,10 +24,12 @@ FAMILIES = ("qwen", "internvl", "glm")
 def solution_box(solution: Any) -> list[float]:
     """The box of a solution: four numbers, or text with one, tags allowed."""
     if isinstance(solution, str):
-        solution = first_box(last_answer(solution))
-    if not finite_box(solution):
+        box = whole_box(solution) or first_box(last_answer(solution))
+    else:
+        box = list(solution) if finite_box(solution) else None
+    if box is None:
         raise BadColumn("solution is not a box")
-    return list(solution)
+    return box
 
 
 def _truth(*, solution, frames: RowFrames, **columns) -> str:
@@ -98,12 +100,14 @@ def iou(
 def score_box(text: str, truth: list[float], frame: RowFrames) -> float:
     """IoU of the first box in the first `<answer>` with the solution's box."""
     content = answer(text)
-    box = first_box(content) if content else None
+    box = (bracket_box(content) or other_box(content)) if content else None
     if box is None:
         return 0.0
-    box = frame.to_solution(box)
-    if not ordered_box(box):
-        raise Unscorable("reversed_box" if finite_box(box) else "no_box")
+    if frame is not SAME:
+        box = frame.to_solution(box)
+    x1, y1, x2, y2 = box
+    if x1 > x2 or y1 > y2:
+        raise Unscorable("reversed_box")
     return overlap(box, truth)
 
 

@@ -17,7 +17,7 @@ from fastgrpo.cli import main as cli  # noqa: E402
 from fastgrpo.errors import InputError  # noqa: E402
 from fastgrpo.report import page as pages  # noqa: E402
 from fastgrpo.report import write_report  # noqa: E402
-from fastgrpo.report.pictures import PREDICTED, TRUTH, boxes_of, thumbnail  # noqa: E402
+from fastgrpo.report.pictures import PREDICTED, TRUTH, boxes_of, drawn_boxes, thumbnail  # noqa: E402
 
 HOSTILE = (
     '<script>alert("x")</script><img src="http://example.org/x.png"><answer>[1,2,9,8]</answer>'
@@ -239,3 +239,23 @@ def test_thumbnail_draws_both_boxes_and_survives_any_numbers(tmp_path):
     colours = {f"#{bytes(colour).hex()}" for _, colour in picture.getcolors(maxcolors=100)}
     assert {TRUTH, PREDICTED} <= colours
     assert thumbnail(str(tmp_path / "absent.png"), [], []) is None
+
+
+@pytest.mark.parametrize(
+    ("frame", "said"),
+    [
+        ("seen", "[112, 70, 224, 210]"),
+        ("thousandths", "[250, 250, 500, 750]"),
+        ("unit", "[0.25, 0.25, 0.5, 0.75]"),
+        ("image", "[80, 60, 160, 180]"),
+    ],
+)
+def test_boxes_are_drawn_in_pixels_of_the_image(frame, said):
+    told = {"answer": frame, "solution": "image", "image": [320, 240], "seen": [448, 280]}
+    row = {"solution": "[80, 60, 160, 180]", "frames": json.dumps(told)}
+    truth, predicted = drawn_boxes(row, f"<answer>{said}</answer>")
+    assert truth == [[80, 60, 160, 180]] and predicted[0] == pytest.approx(truth[0])
+    unknown = json.dumps(told | {"image": None, "seen": None, "answer": "seen"})
+    assert drawn_boxes(row | {"frames": unknown}, f"<answer>{said}</answer>") == ([], [])
+    assert drawn_boxes(row | {"frames": ""}, f"<answer>{said}</answer>") == ([], [])
+    assert drawn_boxes({"solution": "[80, 60, 160, 180]"}, "none") == (truth, [])

@@ -7,7 +7,7 @@ from PIL import Image
 
 from fastgrpo import InputError, rewards
 from fastgrpo.integrations.trl import FastGRPOTrainer
-from fastgrpo.integrations.trl.frames import frame_columns, model_frame
+from fastgrpo.integrations.trl.frames import drawn_frames, frame_columns, model_frame
 from fastgrpo.testing.models import tiny_model
 from fastgrpo.testing.processors import tiny_processor
 from fastgrpo.testing.trl import build_trainer, save_checkpoint, steps_of
@@ -97,3 +97,20 @@ def test_a_setting_the_family_does_not_write_stops_the_run(tmp_path):
     rows = [row([Image.new("RGB", BIG)], [80, 40, 240, 120]) for _ in range(4)]
     with pytest.raises(InputError, match="fails its own truth"):
         run(tmp_path, "qwen3_vl", "<answer>[1, 2, 3, 4]</answer>", rows, answer_frame="unit")
+
+
+def test_what_pictures_need_is_recorded_per_row():
+    function = rewards.get("vlm_r1/iou", solution_frame="thousandths")
+    rows = [
+        {"model_frame": "seen", "image_sizes": [BIG], "seen_sizes": [(88, 40)]},
+        {"model_frame": "seen", "image_sizes": [BIG, (8, 8)], "seen_sizes": [(88, 40), (8, 8)],
+         "image_index": 1},
+        {"model_frame": "seen", "image_sizes": [BIG, (8, 8)], "seen_sizes": [(88, 40), (8, 8)]},
+    ]  # fmt: skip
+    rows = [{"image_index": None} | row for row in rows]
+    first, second, third = drawn_frames([function], rows)
+    told = {"answer": "seen", "solution": "thousandths", "image": [320, 160], "seen": [88, 40]}
+    assert json.loads(first) == told | {"index": 0}
+    assert json.loads(second) == told | {"image": [8, 8], "seen": [8, 8], "index": 1}
+    assert third == ""
+    assert drawn_frames([rewards.get("vlm_r1/format")], rows) is None

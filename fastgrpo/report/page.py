@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -10,7 +11,7 @@ from string import Template
 from typing import Any
 
 from fastgrpo.report.curves import CURVES, draw_curves
-from fastgrpo.report.pictures import boxes_of, thumbnail
+from fastgrpo.report.pictures import drawn_boxes, thumbnail
 from fastgrpo.report.run import Run, read_run
 
 GROUPS_SHOWN = 3  # of the first and of the last logged step
@@ -134,9 +135,10 @@ def _row(row: dict[str, Any], names: list[str]) -> str:
     picture = '<span class="soft">none</span>'
     path = row.get("image_path")
     if isinstance(path, list):
-        path = path[0] if path else None
+        frames = json.loads(row.get("frames") or "{}")
+        path = path[frames.get("index", 0)] if path else None
     if path:
-        png = thumbnail(path, boxes_of(row.get("solution")), boxes_of(text))
+        png = thumbnail(path, *drawn_boxes(row, text))
         picture = (
             _image(png, "boxes")
             if png

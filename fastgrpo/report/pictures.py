@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 from PIL import Image, ImageDraw
 
 from fastgrpo.images import ImageFault, load_image
-from fastgrpo.rewards.read.tags import answer, pattern
+from fastgrpo.rewards.geometry.frames import convert
+from fastgrpo.rewards.read.boxes import bracket_boxes, other_box
+from fastgrpo.rewards.read.faults import BadColumn
+from fastgrpo.rewards.read.tags import answer_or_all
 
 TRUTH, PREDICTED = "#1f9d55", "#e8590c"
 SIDE = 160  # of a thumbnail, in pixels
 MAX_BOXES, MAX_CHARS = 50, 100_000
-_NUMBER = r"([-+]?[0-9]{1,6}(?:\.[0-9]{0,20})?(?:[eE][-+]?[0-9]{1,2})?)"
-_BOX = r"\[\s*" + r"\s*,\s*".join([_NUMBER] * 4) + r"\s*\]"
 
 
 def boxes_of(value: Any) -> list[list[float]]:
@@ -26,9 +28,31 @@ def boxes_of(value: Any) -> list[list[float]]:
     if not isinstance(value, str):
         flat = len(value) == 4 and all(isinstance(number, (int, float)) for number in value)
         return [list(map(float, value))] if flat else []
-    text = value[:MAX_CHARS]
-    found = pattern(_BOX).findall(answer(text) or text)
-    return [[float(number) for number in box] for box in found[:MAX_BOXES]]
+    said = answer_or_all(value[:MAX_CHARS])
+    box = None if "[" in said else other_box(said)
+    return bracket_boxes(said, MAX_BOXES) if box is None else [box]
+
+
+def drawn_boxes(row: dict[str, Any], text: str) -> tuple[list, list]:
+    """Boxes of a row's solution and of a completion, in pixels of the upright image.
+
+    `frames` is what the recorder left: the frame of each side and the sizes of the image. Without
+    it both are taken as they stand; where a size is not known, or the image is not, none is drawn.
+    """
+    truth, said = boxes_of(row.get("solution")), boxes_of(text)
+    if "frames" not in row or row["frames"] is None:
+        return truth, said
+    frames = json.loads(row["frames"] or "{}")
+    if not frames:
+        return [], []
+    sizes = {side: frames[side] and tuple(frames[side]) for side in ("image", "seen")}
+    try:
+        return tuple(
+            [convert(box, frames[side], "image", **sizes) for box in boxes]
+            for side, boxes in (("solution", truth), ("answer", said))
+        )
+    except BadColumn:
+        return [], []
 
 
 def thumbnail(path: str, truth: list[list[float]], predicted: list[list[float]]) -> bytes | None:

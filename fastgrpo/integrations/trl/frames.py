@@ -6,14 +6,18 @@ name is left as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fastgrpo.images import ImageFault, image_size
 from fastgrpo.models import families
-from fastgrpo.rewards.geometry.frames import Size
+from fastgrpo.rewards import Reward
+from fastgrpo.rewards.core.check import parts_of
+from fastgrpo.rewards.geometry.frames import RowFrames, Size
+from fastgrpo.rewards.read.faults import BadColumn
 
 # A family's convention, as `fastgrpo.models.Coordinates` names it, in the words of the rewards.
 _FRAMES = {
@@ -70,3 +74,29 @@ def seen_sizes(processor: Any, fields: Mapping[str, Any], count: int) -> list[Si
 
 def _listed(grids: Any) -> list[list[int]]:
     return torch.as_tensor(grids).reshape(-1, 3).tolist()
+
+
+def drawn_frames(functions: Sequence[Callable], rows: Sequence[dict[str, Any]]) -> list[str] | None:
+    """What a picture of each row needs, as JSON: the frames its rewards read, and its image.
+
+    {"answer", "solution": frames, "image", "seen": sizes, "index": which image}, "" for a row that
+    names none of several images. None when no reward reads frames.
+    """
+    parts = [part for function in functions for part in parts_of(function)]
+    framed = [part for part in parts if isinstance(part, Reward) and part.framed]
+    if not framed or not rows:
+        return None
+    columns = {key: [row.get(key) for row in rows] for key in rows[0]}
+    read = framed[0].frames_of(columns, len(rows))
+    return [_drawn(frames, row) for frames, row in zip(read, rows, strict=True)]
+
+
+def _drawn(frames: RowFrames, row: dict[str, Any]) -> str:
+    try:
+        (image, seen), *others = frames.sizes
+    except BadColumn:
+        return ""
+    if others:
+        return ""
+    told = {"answer": frames.answer, "solution": frames.solution, "image": image, "seen": seen}
+    return json.dumps(told | {"index": row.get("image_index") or 0})

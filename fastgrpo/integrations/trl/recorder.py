@@ -16,6 +16,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from fastgrpo.integrations.trl.frames import drawn_frames
+
 # Method -> the part of the step its own time counts as, callees that are parts themselves left out.
 PARTS = {
     "training_step": "backward",
@@ -85,6 +87,10 @@ def record(trainer: Any) -> None:
         for column in COLUMNS:
             if inputs and column in inputs[0]:
                 trainer._log_completion_extra(column, [_plain(row[column]) for row in inputs])
+        if hasattr(trainer, "with_frames"):
+            frames = drawn_frames(trainer._unguarded, trainer.with_frames(inputs))
+            if frames is not None:
+                trainer._log_completion_extra("frames", frames)
         return calculate_rewards(inputs, *args, **kwargs)
 
     trainer._calculate_rewards = with_columns

@@ -60,6 +60,13 @@ class RewardMixin:
                 function.prefetch(prompts, generated[3], **columns)
         return generated
 
+    def with_frames(self, inputs: list[dict]) -> list[dict]:
+        """The rows with `model_frame`, `image_sizes`, `seen_sizes` beside their own columns."""
+        if not self._frames or len(self._frames) != len(inputs):
+            return inputs
+        blank = dict.fromkeys(key for row in self._frames for key in row)
+        return [blank | frames | row for frames, row in zip(self._frames, inputs, strict=True)]
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         if self._grids is not None and len(self._grids) == len(inputs):
             # The resolution the model saw, for rewards that compare pixels; VLM-R1's column.
@@ -67,12 +74,7 @@ class RewardMixin:
                 {"image_grid_thw": grid} | row
                 for grid, row in zip(self._grids, inputs, strict=True)
             ]
-        if self._frames and len(self._frames) == len(inputs):
-            keys = dict.fromkeys(key for row in self._frames for key in row)
-            blank = dict.fromkeys(keys)
-            inputs = [
-                blank | frames | row for frames, row in zip(self._frames, inputs, strict=True)
-            ]
+        inputs = self.with_frames(inputs)
         training = self.fast.guard_rewards and self._mode == "train"
         if training:
             self._first.ask_truth(self._unguarded, inputs, self._group_size, self.state)

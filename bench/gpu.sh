@@ -61,7 +61,7 @@ run() {
             if [ "$device" = cuda ]; then
                 PYTHON=$py stage sanitize 400 bench/sanitize.sh
             else
-                stage sanitize 100 "$py" bench/sanitize.py --device "$device"
+                stage sanitize 400 "$py" bench/sanitize.py --device "$device"
             fi ;;
         attention) bench shared_prefix_attention 240 ;;
         tiles)

@@ -279,6 +279,10 @@ def main() -> None:
     if args.read:
         print(table(read(args.lines)))
         return
+    if args.measure and torch.cuda.get_device_capability() != (9, 0):
+        raise SystemExit(
+            f"--measure: these tiles are for {ARCH}, not {torch.cuda.get_device_name()}"
+        )
     lines = compiled_lines()
     known = {line.key: line.measured_ms for line in read(args.lines)} if args.lines.exists() else {}
     for line in lines:

@@ -1,10 +1,11 @@
 """Packed rollouts inside TRL's trainer."""
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from fastgrpo import InputError
 from fastgrpo.integrations.trl import FastGRPOTrainer
@@ -147,15 +148,18 @@ def test_every_field_of_a_generation_config_is_obeyed_or_found():
     assert passing == served | harmless | {"max_new_tokens", "max_length"}
 
 
-def test_default_rollouts_are_packed_and_the_rest_is_said_once(checkpoint, tmp_path, caplog):
-    calls = []
+def test_default_rollouts_are_packed_and_the_rest_is_said_once(
+    checkpoint, tmp_path, caplog, monkeypatch
+):
+    calls, sample = [], GenerationMixin._sample
     settings = {"suppress_tokens": [models.IMAGE_ID, models.VIDEO_ID]}
 
     def run(name, **extra):
         options = dict(rows=MIXED, max_steps=2, beta=0.0, generation_kwargs=settings | extra)
         trainer = build_trainer(FastGRPOTrainer, checkpoint, tmp_path / name, **options)
-        generate = trainer.model.generate
-        trainer.model.generate = lambda *a, **k: calls.append(name) or generate(*a, **k)
+        monkeypatch.setattr(
+            GenerationMixin, "_sample", lambda *a, **k: calls.append(name) or sample(*a, **k)
+        )
         with caplog.at_level("WARNING", logger="fastgrpo"):
             trainer.train()
         lines = [r.getMessage() for r in caplog.records if "packed rollout" in r.getMessage()]
@@ -174,23 +178,34 @@ def test_default_rollouts_are_packed_and_the_rest_is_said_once(checkpoint, tmp_p
     assert calls == ["time", "time"] and all(s["completions/max_length"] == 1 for s in steps)
 
 
-def test_packed_rollout_true_refuses_and_false_is_off(checkpoint, tmp_path):
+def test_packed_rollout_true_refuses_and_false_is_off(checkpoint, tmp_path, monkeypatch):
+    def stock(self, input_ids, *args, **kwargs):
+        return torch.cat([input_ids, torch.full((2, 1), 77)], 1)
+
+    monkeypatch.setattr(GenerationMixin, "_sample", stock)
+
     def rollout(fast, **kwargs):
         trainer = build_trainer(
             FastGRPOTrainer, checkpoint, tmp_path, rows=MIXED, fast={"packed_rollout": fast},
             generation_kwargs=kwargs,
         )  # fmt: skip
-        trainer.model.generate = stock
-        return trainer._generate_single_turn([[1, 2]] * 2, None, {}, 2, has_tool_images=False)
+        return trainer._generate_single_turn([[1, 2]] * 2, None, {}, 2, has_tool_images=False)[0]
 
-    def stock(input_ids, **kwargs):
-        return torch.cat([input_ids, torch.full((2, 1), 77)], 1)
-
-    assert rollout(False)[0] == [[77], [77]]
-    assert rollout(None, guidance_scale=1.5)[0] == [[77], [77]]
+    assert rollout(False) == [[77], [77]]
+    assert rollout(None, guidance_scale=1.5) == [[77], [77]]
     with pytest.raises(InputError, match="packed_rollout=True: guidance_scale=1.5"):
         rollout(True, guidance_scale=1.5)
-    assert rollout(True)[0] != [[77], [77]]
+    assert rollout(True) != [[77], [77]]
+
+
+def test_a_class_with_a_generate_of_its_own_keeps_it(checkpoint, tmp_path, monkeypatch):
+    trainer = build_trainer(FastGRPOTrainer, checkpoint, tmp_path, rows=MIXED)
+    assert packed_settings(trainer, False)[1] is None
+    trainer.model.generate = Mock()
+    assert "generate is not transformers' own" in packed_settings(trainer, False)[1]
+    del trainer.model.generate
+    monkeypatch.setattr(GenerationMixin, "generate", Mock())
+    assert "generate is not transformers' own" in packed_settings(trainer, False)[1]
 
 
 def test_other_engines_and_tools_with_images_are_not_packed(checkpoint, tmp_path):

@@ -7,6 +7,7 @@ import reprlib
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from trl.extras.profiling import profiling_context
 
@@ -114,10 +115,20 @@ def packed_settings(trainer, has_tool_images: bool) -> tuple[GenerationConfig | 
         return None, "use_transformers_continuous_batching=True is another engine"
     if has_tool_images:
         return None, "a tool returned images inside a completion"
-    model = Adapter(trainer.accelerator.unwrap_model(trainer.model)).core
+    root = trainer.accelerator.unwrap_model(trainer.model)
+    model = Adapter(root).core
+    if not _generates_as_transformers(root, model):
+        return None, f"{type(model).__name__}.generate is not transformers' own"
     settings = effective_settings(model, trainer.generation_config)
     unserved = unserved_setting(settings, trainer.eos_token_ids)
     return settings, unserved and f"{unserved} is not implemented"
+
+
+def _generates_as_transformers(root: nn.Module, model: PreTrainedModel) -> bool:
+    """Whether nobody gave the model, or its PEFT wrapper, a `generate` of its own."""
+    if any("generate" in vars(module) for module in (root, model)):
+        return False
+    return getattr(type(model).generate, "__qualname__", None) == "GenerationMixin.generate"
 
 
 def sample_rows(

@@ -1,71 +1,190 @@
-"""The first time a model is used, its packed forward is compared with the plain one."""
+"""The first time a model is used, its packed forward and backward are compared with the plain ones.
+
+Log-probs tell wrong positions, masks and heads; gradients tell a graph that is cut.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.engine.forward import feature_store
 from fastgrpo.engine.parallel import distributed
+from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing.group import Group
 from fastgrpo.packing.planner import Part
 from fastgrpo.packing.row import PackedRow, check_prompt
 from fastgrpo.packing.vision import idle_tower
 
-# Largest mean difference of log-probs, in nats. Rounding gives about 1e-6 in float32 and 1e-2 in
-# bfloat16; a wrong mask or position gives whole nats.
-_FLOAT32, _HALF = 2e-3, 0.15
+logger = logging.getLogger(__name__)
+
+# Largest mean difference of log-probs, in nats, and of a parameter's gradient, relative, exactly
+# computed or in half precision (TF32 included). Rounding gives about 1e-6 and 1e-5 in float32, 1e-2
+# and 1e-1 in bfloat16; a wrong mask or position gives whole nats, a cut gradient 1.
+LOGP_TOLERANCE = {True: 1e-3, False: 0.1}
+GRADIENT_TOLERANCE = {True: 2e-2, False: 0.5}
+CHECKED_TOKENS = 16  # of a completion whose gradients are compared
 
 _checked: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class SelfCheckError(RuntimeError):
-    """The packed forward of this model does not give the log-probs of its plain forward."""
+    """The packed computation of this model does not give what the plain one gives."""
+
+
+def check_logps(packed: Tensor, plain: Tensor, exact: bool, what: str) -> float:
+    """The largest absolute difference; `SelfCheckError` where the mean cannot be rounding."""
+    error = (packed.detach().float() - plain.detach().float()).abs()
+    largest, mean, limit = float(error.max()), float(error.mean()), LOGP_TOLERANCE[exact]
+    if not mean <= limit:
+        raise SelfCheckError(
+            f"{what}: max {largest:.3g}, mean {mean:.3g} nats over {error.numel()} tokens, a mean "
+            f"of {limit} at most expected. Something changes this model's attention, positions or "
+            "head in a way packing does not know. backend='dense' tells whether it is the backend; "
+            "self_check=False turns this check off."
+        )
+    return largest
+
+
+def check_gradients(
+    adapter: Adapter,
+    packed: Callable[[], Tensor],
+    plain: Callable[[], Tensor],
+    *,
+    images: bool,
+    exact: bool,
+) -> None:
+    """Compares the gradients of sum_t s_t logp_t, s_t = +-1 at random, of both computations.
+
+    `packed` and `plain` give the (N,) log-probs of the same tokens; without `images` among them the
+    vision tower is left out. `SelfCheckError` names a parameter whose gradient differs or
+    does not arrive, `InputError` says when no trainable parameter of the tower, or of the rest, has
+    any gradient even in the plain computation. `.grad` is left as it was.
+    """
+    tower = adapter.family.tower(adapter.core)
+    own = set(map(id, tower.parameters())) if tower is not None else set()
+    named = [
+        (name, p)
+        for name, p in adapter.core.named_parameters()
+        if p.requires_grad and (images or id(p) not in own)
+    ]
+    if not named or any(getattr(p, "_post_accumulate_grad_hooks", None) for _, p in named):
+        return  # nothing to train, or an optimizer that steps inside backward
+    sides = [[n for n, p in named if (id(p) in own) == inside] for inside in (True, False)]
+    probes = {name for side in sides for name in side[:1] + side[-1:]}
+    got, expected = (_gradients(named, side, probes) for side in (packed, plain))
+    _refuse_dead(sides, expected)
+    for name, grad in expected.items():
+        if grad is None:
+            continue
+        if got[name] is None:
+            raise SelfCheckError(f"{name}: its gradient does not arrive through the packed row")
+        if name in probes:
+            error = float((got[name] - grad).norm() / grad.norm().clamp(min=1e-12))
+            if not error <= GRADIENT_TOLERANCE[exact]:
+                raise SelfCheckError(
+                    f"{name}: its gradient through the packed row differs from the plain one by "
+                    f"{error:.3g} of its norm, {GRADIENT_TOLERANCE[exact]} at most expected; "
+                    "self_check=False turns this check off"
+                )
+
+
+def _gradients(
+    named: Sequence[tuple[str, nn.Parameter]], logps: Callable[[], Tensor], probes: set[str]
+) -> dict[str, Tensor | None]:
+    """Each parameter's gradient of the signed sum: float32 for `probes`, else only whether any."""
+    kept = [p.grad for _, p in named]
+    try:
+        for _, p in named:
+            p.grad = None
+        logp = logps()
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, logp.shape, generator=generator) * 2 - 1
+        (logp * signs.to(logp)).sum().backward()
+        found = {}
+        for name, p in named:
+            arrived = p.grad is not None and name in probes
+            found[name] = p.grad.detach().float().clone() if arrived else None
+            if p.grad is not None and not arrived:
+                found[name] = p.grad.new_zeros(0)
+        return found
+    finally:
+        for (_, p), grad in zip(named, kept, strict=True):
+            p.grad = grad
+
+
+def _refuse_dead(sides: list[list[str]], gradients: dict[str, Tensor | None]) -> None:
+    """Names the trainable parameters that nothing would train."""
+    for side in sides:
+        dead = [name for name in side if gradients[name] is None]
+        if not dead:
+            continue
+        some = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
+        if len(dead) == len(side):
+            raise InputError(
+                f"parameters that require a gradient and get none: {some}. Under reentrant "
+                "activation checkpointing an adapter needs inputs that require a gradient: use "
+                "use_reentrant=False, or freeze them"
+            )
+        logger.warning("parameters that require a gradient and get none: %s", some)
 
 
 def self_check(adapter: Adapter, groups: Sequence[Group], backend: str, score_row) -> None:
-    """Score one completion packed next to another of its group, and alone by the stock forward.
+    """Two completions packed next to each other against the stock forward of each alone.
 
-    Runs once per model, backend, and presence of images; leaves random state, gradients, mode and
-    the model's cached positions as they were. Raises `SelfCheckError` on disagreement.
+    Runs once per model, backend, presence of images and of gradients; leaves random state, `.grad`,
+    mode and the model's cached positions as they were. Gradients are compared in one process only:
+    elsewhere backward is a collective. Raises `SelfCheckError`, `InputError`.
     """
     done = _checked.setdefault(adapter.core, set())
     group = _candidate(adapter, groups)
     if group is None:
         return
     # Every rank must run the same number of forwards, whatever its first group looks like.
-    key = (backend, bool(group.vision) and not distributed())
-    if key in done:
+    images = bool(group.vision) and not distributed()
+    gradients = torch.is_grad_enabled() and not distributed()
+    if (backend, images, gradients) in done or (backend, images, True) in done:
         return
     check_prompt(adapter, group)
-    filled = [c for c in group.completions if c.numel()]
+    filled = [c[:CHECKED_TOKENS] for c in group.completions if c.numel()]
     pair = Group(group.prompt_ids, [filled[0], filled[-1]], group.vision)
     part = Part(pair, [(0, 0), (0, 1)], pair.lengths)
-    with _undisturbed(adapter):
+
+    def packed() -> Tensor:
         row = PackedRow(adapter, [part], [pair], backend)
-        packed = score_row(adapter, row, 1.0, ("logp",), feature_store([row], detach=False))[0]
-        packed = packed.split(row.lengths)[1]
-        plain = _plain_logp(adapter, pair, pair.completions[1])
-    error = float((packed.float() - plain.float()).abs().mean())
-    exact = plain.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
-        adapter.device.type
-    )
-    limit = _FLOAT32 if exact and not _reduced_float32() else _HALF
-    if not error <= limit:
-        raise SelfCheckError(
-            f"{type(adapter.core).__name__}: log-probs of the packed forward (backend {backend!r}) "
-            f"differ from the plain forward by {error:.3g} nats per token on average, {limit} at "
-            f"most expected. Something changes this model's attention, positions or head in a way "
-            f"packing does not know. backend='dense' tells whether it is the backend; "
-            f"self_check=False turns this check off."
+        return score_row(adapter, row, 1.0, ("logp",), feature_store([row], detach=False))[0]
+
+    def plain() -> Tensor:
+        return torch.cat(
+            [_plain_logp(adapter, pair, completion) for completion in pair.completions]
         )
-    done.add(key)
+
+    with _undisturbed(adapter):
+        with torch.no_grad():
+            ours, theirs = packed(), plain()
+        exact = computed_exactly(theirs.dtype, adapter.device.type)
+        what = (
+            f"{type(adapter.core).__name__}: log-probs of the packed forward (backend {backend!r}) "
+            "differ from the plain forward"
+        )
+        check_logps(ours, theirs, exact, what)
+        if gradients:
+            check_gradients(adapter, packed, plain, images=images, exact=exact)
+    done.add((backend, images, gradients))
+
+
+def computed_exactly(dtype: torch.dtype, device: str) -> bool:
+    """Whether matmuls are computed in float32 or better."""
+    full = dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device)
+    reduced = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
+    return full and not reduced
 
 
 def _candidate(adapter: Adapter, groups: Sequence[Group]) -> Group | None:
@@ -105,14 +224,10 @@ def _undisturbed(adapter: Adapter) -> Iterator[None]:
     base = getattr(adapter.core, "model", None)
     deltas = getattr(base, "rope_deltas", None)
     devices = [adapter.device] if adapter.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices), warnings.catch_warnings():
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # checkpointing warns that nothing needs a gradient
         try:
             yield
         finally:
             if hasattr(base, "rope_deltas"):
                 base.rope_deltas = deltas
-
-
-def _reduced_float32() -> bool:
-    return torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields
 
 import torch
@@ -11,6 +12,7 @@ from trl import GRPOTrainer
 from fastgrpo.advantages.perception_rule import PerceptionRule
 from fastgrpo.advantages.rule import AdvantageRule
 from fastgrpo.engine import score
+from fastgrpo.engine.self_check import computed_exactly
 from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl.batches import BatchMixin
 from fastgrpo.integrations.trl.checkpoints import CheckpointMixin
@@ -30,7 +32,7 @@ from fastgrpo.integrations.trl.rows import (
     scorable,
     without_gradient,
 )
-from fastgrpo.integrations.trl.selfcheck import check_against_trl
+from fastgrpo.integrations.trl.selfcheck import TRLCheck
 from fastgrpo.integrations.trl.support import check_trainer, check_version
 from fastgrpo.integrations.trl.weights import apply_liger_layers, load_renamed
 from fastgrpo.models.adapter import Adapter
@@ -112,7 +114,7 @@ class _FastMixin(
             raise InputError(f"perception needs packed rows: {self._padded_reason}")
         self._check_resampling()
         self.perception = perception
-        self._checked_models: set[int] = set()
+        self._checked: set[tuple[int, bool]] = set()
         self._weightless: list[bool] | None = None
         config = self.accelerator.unwrap_model(self.model).config
         ids = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
@@ -181,7 +183,7 @@ class _FastMixin(
         entropies = None
         if compute_entropy:
             entropies = scatter([s.entropy[0] for s in scores], live + idle, rows)
-        if self.fast.self_check and id(model) not in self._checked_models:
+        if self.fast.self_check:
             given = {"input_ids": input_ids, "attention_mask": attention_mask}
             given["mm_token_type_ids"] = mm_token_type_ids
             counted = attention_mask[:, -logits_to_keep:]
@@ -219,30 +221,34 @@ class _FastMixin(
                 # TRL's loss needs it for its bonus only; another's may for anything.
                 entropy_grad=self._entropy_bonus_enabled or self._changed("_compute_loss"),
                 workspace_mb=self.fast.workspace_mb,
-                self_check=False,  # check_against_trl compares more rows, with TRL's own values
+                self_check=False,  # TRLCheck compares more rows, with TRL's own values
                 placeholders="neutralize",
             )
 
     def _self_check(self, model, rows, members, logps, inputs: dict, counted: Tensor) -> None:
+        """Once per model, and once more where gradients flow."""
+        key = id(model), torch.is_grad_enabled()
+        if not self.fast.self_check or key in self._checked:
+            return
         ids = [rows.completions[row] for row in members]
         clean = [r for r, c in zip(members, ids, strict=True) if not self._is_placeholder(c).any()]
         clean = [row for row in clean if counted[row].any()]
         if not clean:
             return
-        dtype = next(model.parameters()).dtype
-        error = check_against_trl(
-            super()._get_per_token_logps_and_entropies,
-            model,
-            Adapter(model).family,
-            rows,
-            clean,
-            logps,
-            inputs,
-            counted.bool(),
-            half_precision=dtype.itemsize < 4 or self.accelerator.mixed_precision != "no",
-        )
-        self._checked_models.add(id(model))
+        half = self.accelerator.mixed_precision != "no"
+        dtype = torch.bfloat16 if half else next(model.parameters()).dtype
+        exact = computed_exactly(dtype, self.accelerator.device.type)
+        values = super()._get_per_token_logps_and_entropies
+        check = TRLCheck(values, Adapter(model), rows, inputs, exact)
+        error = check.logps(clean, logps, counted.bool())
         self._metrics[self._mode]["fastgrpo/self_check_max_abs"].append(error)
+        if torch.is_grad_enabled() and self.accelerator.num_processes == 1:
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # reentrant checkpointing of inputs without gradient
+                check.gradients(clean, lambda groups: self._score(model, groups, ("logp",)))
+        self._checked.add(key)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not load_renamed(self.model if model is None else model, resume_from_checkpoint):

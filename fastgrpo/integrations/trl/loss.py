@@ -17,7 +17,12 @@ from fastgrpo.engine.loss import RowLoss, StepLoss, loss_of_groups
 from fastgrpo.engine.self_check import SelfCheckError
 from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl.batches import loss_mask
-from fastgrpo.integrations.trl.perception import PERTURBED, TOKEN_WEIGHTS, perception_terms
+from fastgrpo.integrations.trl.perception import (
+    PERTURBED,
+    TOKEN_WEIGHTS,
+    perception_terms,
+    perturbed_entropy,
+)
 from fastgrpo.integrations.trl.rows import (
     IMAGE_FIELDS,
     LossTables,
@@ -154,7 +159,7 @@ class LossMixin:
         missing = [row for row in range(len(rows.prompts)) if row not in set(scored)]
         results = [*step.results, *rest.results, self._unscored(loss, tables, missing, totals)]
         self._log_own(results, totals)
-        return step.loss + self._constant(loss, rows, tables, inputs, totals)
+        return step.loss + self._constant(loss, inputs, totals)
 
     def _anchored(self) -> bool:
         """Whether a forward must run whatever there is to score (see `anchor_row`)."""
@@ -314,26 +319,11 @@ class LossMixin:
             **totals,
         )
 
-    def _constant(
-        self, loss, rows, tables: LossTables, inputs: dict, totals: dict
-    ) -> Tensor | float:
-        """PAPO's entropy under the perturbed image: it moves the loss, not the gradient."""
+    def _constant(self, loss: RowLoss, inputs: dict, totals: dict) -> Tensor | float:
+        """What moves the loss and not the gradient."""
         if PERTURBED not in inputs:
             return 0.0
-        coefficient = perception_terms(self.perception, *self._progress).perturbed_entropy_coef
-        if coefficient == 0.0:
-            return 0.0
         mask = loss_mask(inputs).bool()
-        other = inputs[PERTURBED][mask].float()
-        obj = dataclasses.replace(
-            loss.obj, beta=0.0, entropy_coef=0.0, top_entropy_quantile=1.0,
-            vllm_importance_sampling_correction=False, off_policy_mask_threshold=None,
-        )  # fmt: skip
-        return grpo_loss(
-            other,
-            other.new_zeros(len(mask)),
-            obj,
-            seq_ids=mask.nonzero()[:, 0],
-            sampled_entropy_coef=coefficient,
-            **totals,
-        ).loss
+        terms = perception_terms(self.perception, *self._progress)
+        packed = inputs[PERTURBED][mask].float(), mask.nonzero()[:, 0]
+        return perturbed_entropy(terms, loss.obj, *packed, len(mask), totals)

@@ -20,7 +20,8 @@ from fastgrpo.advantages.perception_rule import PerceptionRule
 from fastgrpo.errors import InputError
 from fastgrpo.images.perturb import perturb
 from fastgrpo.integrations.trl.batches import loss_mask
-from fastgrpo.objective import KLStream
+from fastgrpo.objective import KLStream, Objective
+from fastgrpo.ops.grpo_loss import grpo_loss
 
 PERTURBED = "perturbed_per_token_logps"
 TOKEN_WEIGHTS = "token_weights"
@@ -45,6 +46,31 @@ def perception_terms(rule: PerceptionRule, step: int, total: int) -> PerceptionT
     return PerceptionTerms(
         {"perturbed": stream}, share * rule.entropy_coef, share * rule.perturbed_entropy_coef
     )
+
+
+def perturbed_entropy(
+    terms: PerceptionTerms,
+    obj: Objective,
+    perturbed: Tensor,
+    seq_ids: Tensor,
+    num_rows: int,
+    totals: dict,
+) -> Tensor:
+    """PAPO's entropy under the perturbed image, in the mean of `obj`: it moves the loss, not the
+    gradient. `perturbed`, `seq_ids` (N,); `totals` the denominators of `grpo_loss`."""
+    plain = Objective(
+        obj.loss_type,
+        aggregation=obj.aggregator,
+        max_completion_length=obj.max_completion_length,
+    )
+    return grpo_loss(
+        perturbed,
+        perturbed.new_zeros(num_rows),
+        plain,
+        seq_ids=seq_ids,
+        sampled_entropy_coef=terms.perturbed_entropy_coef,
+        **totals,
+    ).loss
 
 
 class PerceptionMixin:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from fastgrpo import advantages as fa
+from fastgrpo.advantages.perception_rule import PerceptionRule
+from fastgrpo.engine.loss import RowLoss
 from fastgrpo.images.perturb import blacken_patches
+from fastgrpo.integrations.trl.perception import perception_terms, perturbed_entropy
 from fastgrpo.judges import trajectory_preference_loss
-from fastgrpo.objective import KLTerm, Objective
-from fastgrpo.ops.grpo_loss import grpo_loss
+from fastgrpo.objective import KLStream, Objective
 from fastgrpo.ops.token_kl import token_kl
 from fastgrpo.rewards.core import shaping, votes
 
@@ -68,23 +72,32 @@ def _objective(config: dict) -> Objective:
     )
 
 
-def _kl_term(
-    other: Tensor, coefficient: float, penalty: str, clip: float | None = None, mask=None
-) -> KLTerm:
-    if clip is None and penalty == "low_var_kl":
-        clip = 10.0
-    return KLTerm(other, coefficient, _ESTIMATOR[penalty], value_clamp=clip, mask=mask)
+def _reference_stream(config: dict) -> KLStream:
+    penalty = config["kl_penalty"]
+    clamp = 10.0 if penalty == "low_var_kl" else None
+    return KLStream(config["kl_coef"], _ESTIMATOR[penalty], value_clamp=clamp)
 
 
-def _policy_loss(rows: _Rows, config: dict, **terms):
-    return grpo_loss(
-        rows.logp,
-        rows["advantages"],
-        _objective(config),
-        seq_ids=rows.seq_ids,
-        old_logp=rows["old_log_probs"],
-        **terms,
-    )
+def _trainer_loss(rows: _Rows, config: dict, *, streams, token_weights=None, entropy_coef=0.0):
+    """The loss the trainer's rows minimise, of the recorded log-probs.
+
+    `streams`: name of the recorded table -> KLStream. The head has two tokens and hidden states of
+    one number h, log p = log sigmoid(h): its log-probs are those recorded.
+    """
+    hidden = rows.logp - torch.log(-torch.expm1(rows.logp))
+    loss = RowLoss(_objective(config), kl_streams=streams, sampled_entropy_coef=entropy_coef)
+    batch = {
+        "seq_ids": rows.seq_ids,
+        "mask": torch.ones_like(rows.seq_ids, dtype=torch.bool),
+        "advantages": rows["advantages"],
+        "old_logp": rows["old_log_probs"],
+        "kl_terms": [stream.term(rows[name]) for name, stream in streams.items()],
+    }
+    if token_weights is not None:
+        batch["token_weights"] = token_weights
+    head = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    targets = torch.zeros_like(rows.seq_ids)
+    return loss.of_hidden(hidden[:, None], head, None, targets, batch).loss
 
 
 @adapter("PAPO", "DataParallelPPOActor.update_policy")
@@ -99,35 +112,35 @@ def papo_step(inputs, compat="upstream"):
 
 def _papo_micro_batch(rows: _Rows, config: dict, share: float, out: dict) -> dict:
     aug = rows["aug_log_probs"]
-    terms, reported = [], None
+    top = config.get("kl_prcp_token_level_mask_top_p")
+    rule = PerceptionRule(
+        kl_coef=config.get("kl_prcp_coef", 0.0),
+        entropy_coef=config["ori_entropy_loss_coef"] * config["use_ori_entropy_loss"],
+        perturbed_entropy_coef=config["aug_entropy_loss_coef"] * config["use_aug_entropy_loss"],
+        kl_token_share=top if config.get("use_kl_prcp_token_level_mask") else None,
+        kl_ceiling=config["kl_prcp_clipping"] if config.get("use_kl_prcp_clipping") else None,
+    )
+    terms, streams, reported = perception_terms(rule, 0, 1), {}, None
     if config["use_kl_prcp"]:
-        penalty, clip, mask = config["kl_prcp_penalty"], None, None
-        k = token_kl(rows.logp.detach(), aug, _ESTIMATOR[penalty], value_clamp=10.0)
-        if config["use_kl_prcp_token_level_mask"]:
-            top = config["kl_prcp_token_level_mask_top_p"]
-            mask = fa.quantile_mask(k, rows.seq_ids, top)
-            k = torch.where(mask, k, 0.0)
-        if config["use_kl_prcp_clipping"]:
-            clip = config["kl_prcp_clipping"]
-            k = k.clamp(0.0, clip)
+        estimator = _ESTIMATOR[config["kl_prcp_penalty"]]
+        streams["aug_log_probs"] = replace(terms.streams["perturbed"], estimator=estimator)
+        k = token_kl(rows.logp.detach(), aug, estimator, value_clamp=10.0)
+        if rule.kl_token_share is not None:
+            k = torch.where(fa.quantile_mask(k, rows.seq_ids, rule.kl_token_share), k, 0.0)
+        if rule.kl_ceiling is not None:
+            k = k.clamp(0.0, rule.kl_ceiling)
         reported = -k.mean().item()
-        term = _kl_term(aug, -config["kl_prcp_coef"], penalty, mask=mask)
-        if clip is not None:
-            term = KLTerm(
-                aug, -config["kl_prcp_coef"], _ESTIMATOR[penalty], value_clamp=clip, mask=mask
-            )
-        terms.append(term)
-    own = config["ori_entropy_loss_coef"] if config["use_ori_entropy_loss"] else 0.0
     aug_entropy, ori_entropy = -aug.mean().item(), -rows.logp.mean().item()
     kl = None
     if config["use_kl_loss"]:
-        terms.append(_kl_term(rows["ref_log_probs"], config["kl_coef"], config["kl_penalty"]))
+        streams["ref_log_probs"] = _reference_stream(config)
         kl = _reference_kl(rows, config)
-    loss = _policy_loss(rows, config, kl_terms=terms, sampled_entropy_coef=own).loss
+    loss = _trainer_loss(rows, config, streams=streams, entropy_coef=terms.entropy_coef)
     (loss * share).backward()
-    total = loss.item()
-    if config["use_aug_entropy_loss"]:  # a constant: it moves the loss, not the gradient
-        total += config["aug_entropy_loss_coef"] * aug_entropy
+    total = loss + perturbed_entropy(
+        terms, _objective(config), aug, rows.seq_ids, len(rows.mask), {}
+    )
+    total = total.item()
     return {
         "pg_loss_total": [*out["pg_loss_total"], total],
         "kl_loss_ref": kl,
@@ -213,15 +226,12 @@ def _vppo_mask(rows: _Rows, config: dict, out: dict) -> Tensor | None:
 def _vppo_backward(rows: _Rows, config: dict, token_weights, total: int, out: dict) -> None:
     penalty = config["entropy_penalty_coef"] if config["use_entropy_penalty"] else 0.0
     with torch.no_grad():
-        value = _policy_loss(rows, config, token_weights=token_weights).loss
+        value = _trainer_loss(rows, config, streams={}, token_weights=token_weights)
     out["pg_loss"].append(value.item())
-    terms = []
-    if config["use_kl_loss"]:
-        terms.append(_kl_term(rows["ref_log_probs"], config["kl_coef"], config["kl_penalty"]))
-    whole = _policy_loss(
-        rows, config, token_weights=token_weights, kl_terms=terms, sampled_entropy_coef=penalty
-    )
-    (whole.loss * len(rows.seq_ids) / total).backward()
+    streams = {"ref_log_probs": _reference_stream(config)} if config["use_kl_loss"] else {}
+    terms = {"streams": streams, "token_weights": token_weights, "entropy_coef": penalty}
+    whole = _trainer_loss(rows, config, **terms)
+    (whole * len(rows.seq_ids) / total).backward()
     out["grad_wrt_log_probs"] += rows.gradient()
 
 

@@ -125,7 +125,7 @@ def test_self_check_stops_a_model_that_disagrees(monkeypatch, family):
     model = tm.tiny_model(family)
     groups = tm.synthetic_groups(model)
     tampered(model, monkeypatch)
-    with pytest.raises(SelfCheckError, match=r"differ from the plain forward by .* nats"):
+    with pytest.raises(SelfCheckError, match=r"differ from the plain forward: max .* nats"):
         fg.score(model, groups)
     with pytest.raises(SelfCheckError):
         fg.GRPOStep(model, fg.Objective())(groups)
@@ -143,12 +143,91 @@ def test_self_check_runs_once_per_model_and_backend():
         fg.score(model, groups, **options)
         return len(calls)
 
-    assert forwards() == 3
+    # One packed row and two plain sequences, without gradients and then with them.
+    with torch.no_grad():
+        assert forwards() == 4
+        assert forwards() == 1
+    assert forwards() == 7
     assert forwards() == 1
-    assert forwards(backend="dense") == 3
+    assert forwards(backend="dense") == 7
     assert forwards(backend="dense") == 1
     other = tm.tiny_model("qwen2_5_vl")
     assert other not in self_check._checked
+
+
+@pytest.mark.parametrize("module", ("model.language_model.layers.1", "model.visual"))
+def test_self_check_stops_a_gradient_that_is_cut_in_the_packed_row_only(module):
+    model = tm.tiny_model("qwen2_5_vl")
+    inside = []
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: inside.append(kwargs.get("fg_layout") is not None),
+        with_kwargs=True,
+    )
+
+    def cut(m, args, output):
+        if not inside[-1]:
+            return output
+        if isinstance(output, torch.Tensor):
+            return output.detach()
+        for name, value in output.items():
+            if isinstance(value, torch.Tensor):
+                output[name] = value.detach()
+        return output
+
+    model.get_submodule(module).register_forward_hook(cut)
+    groups = tm.synthetic_groups(model)
+    before = [p.grad for p in model.parameters()]
+    with torch.no_grad():
+        fg.score(model, groups)  # log-probs alone do not tell
+    with pytest.raises(SelfCheckError, match="does not arrive through the packed row"):
+        fg.GRPOStep(model, fg.Objective())(groups)
+    assert [p.grad for p in model.parameters()] == before
+
+
+def test_self_check_stops_a_gradient_that_differs():
+    model = tm.tiny_model("llama")
+
+    def scaled(module, args, kwargs, output):
+        if kwargs.get("fg_layout") is None:
+            return output
+        return output.detach() + 1.5 * (output - output.detach())
+
+    model.model.layers[1].register_forward_hook(scaled, with_kwargs=True)
+    with pytest.raises(SelfCheckError, match="differs from the plain one by 0.5 of its norm"):
+        fg.GRPOStep(model, fg.Objective())(tm.synthetic_groups(model))
+
+
+def test_self_check_leaves_gradients_as_they_were():
+    model = tm.tiny_model("qwen3_vl")
+    kept = {name: torch.full_like(p, 3.0) for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.grad = kept[name]
+    fg.score(model, tm.synthetic_groups(model))
+    assert all(p.grad is kept[name] for name, p in model.named_parameters())
+    assert all((grad == 3.0).all() for grad in kept.values())
+
+
+def test_adapters_that_nothing_would_train_are_named():
+    """Reentrant checkpointing cuts the graph of an adapter whose inputs need no gradient."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tm.tiny_model("qwen3_vl")
+    groups = tm.synthetic_groups(model)
+    lora = LoraConfig(r=4, target_modules=["qkv", "q_proj"], init_lora_weights=False)
+    model = get_peft_model(model, lora).train()
+    model.enable_input_require_grads()
+    tm.checkpoint_activations(model, reentrant=True)
+    with pytest.raises(fg.InputError, match=r"get none: .*visual.*and \d+ more.*use_reentrant"):
+        fg.GRPOStep(model, fg.Objective())(groups)
+
+
+def test_a_parameter_that_nothing_uses_is_named_once(caplog):
+    model = tm.tiny_model("qwen2")
+    model.unused = torch.nn.Parameter(torch.zeros(3))
+    step = fg.GRPOStep(model, fg.Objective())
+    for _ in range(2):
+        step(tm.synthetic_groups(model))
+    assert caplog.text.count("require a gradient and get none: unused") == 1
 
 
 def test_self_check_with_nothing_to_score():

@@ -13,6 +13,7 @@ from trl import GRPOTrainer  # noqa: E402
 
 from fastgrpo import InputError  # noqa: E402
 from fastgrpo.advantages.rule import AdvantageRule  # noqa: E402
+from fastgrpo.engine import SelfCheckError  # noqa: E402
 from fastgrpo.integrations.trl import FastGRPOTrainer, FastOptions, accelerate  # noqa: E402
 from fastgrpo.testing.models import IMAGE_ID, VIDEO_ID  # noqa: E402
 from fastgrpo.testing.trl import (  # noqa: E402
@@ -592,13 +593,26 @@ def test_the_self_check_stops_a_run_whose_numbers_differ(checkpoint, tmp_path, m
     else:
         monkeypatch.setattr(per_token, "score", shifted(per_token.score))
         options["top_entropy_quantile"] = 0.5
-    trainer = build_trainer(FastGRPOTrainer, checkpoint, tmp_path, **options)
-    with pytest.raises(RuntimeError, match="differ from TRL's on the first micro-batch: max 0.01"):
+    trainer = build_trainer(FastGRPOTrainer, checkpoint, tmp_path / "checked", **options)
+    with pytest.raises(RuntimeError, match="differ from TRL's on the first micro-batch.* max 0.01"):
         trainer.train()
     assert trainer.state.global_step == 0
-    build_trainer(
-        FastGRPOTrainer, checkpoint, tmp_path, fast={"self_check": False}, **options
-    ).train()
+    unchecked = {"self_check": False}
+    build_trainer(FastGRPOTrainer, checkpoint, tmp_path / "not", fast=unchecked, **options).train()
+
+
+def test_the_self_check_stops_a_run_whose_gradient_is_cut(checkpoint, tmp_path):
+    trainer = build_trainer(FastGRPOTrainer, checkpoint, tmp_path, max_steps=1, beta=0.0)
+
+    def cut(module, args, kwargs, output):
+        return output.detach() if kwargs.get("fg_layout") is not None else output
+
+    layer = trainer.model.model.language_model.layers[1]
+    layer.register_forward_hook(cut, with_kwargs=True)
+    with pytest.raises(SelfCheckError, match="does not arrive through the packed row"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert all(p.grad is None for p in trainer.model.parameters())
 
 
 def test_the_self_check_compares_the_loss_itself(checkpoint, tmp_path, monkeypatch):

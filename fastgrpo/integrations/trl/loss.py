@@ -101,7 +101,10 @@ class LossMixin:
         return name in vars(self) or not all(c.__module__.startswith(known) for c in classes)
 
     def _compute_loss(self, model, inputs):
-        if self._unserved():
+        reason, own = self._unserved(), self._own_loss_because()
+        if reason and own:
+            raise InputError(f"{own} needs packed rows: {reason}")
+        if reason:
             return super()._compute_loss(model, inputs)
         self._check_images(inputs)
         if self._per_token:

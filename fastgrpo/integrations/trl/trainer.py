@@ -244,9 +244,8 @@ class _FastMixin(
         self._metrics[self._mode]["fastgrpo/self_check_max_abs"].append(error)
         if torch.is_grad_enabled() and self.accelerator.num_processes == 1:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # reentrant checkpointing of inputs without gradient
+                # Reentrant checkpointing warns of inputs that need no gradient.
+                warnings.simplefilter("ignore")
                 check.gradients(clean, lambda groups: self._score(model, groups, ("logp",)))
         self._checked.add(key)
 

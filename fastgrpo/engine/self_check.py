@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.engine.forward import feature_store
-from fastgrpo.engine.parallel import distributed
+from fastgrpo.engine.parallel import distributed, fsdp2_units, is_zero3
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing.group import Group
@@ -75,8 +75,10 @@ def check_gradients(
         for name, p in adapter.core.named_parameters()
         if p.requires_grad and (images or id(p) not in own)
     ]
-    if not named or any(getattr(p, "_post_accumulate_grad_hooks", None) for _, p in named):
-        return  # nothing to train, or an optimizer that steps inside backward
+    own_backward = fsdp2_units(adapter.root) or is_zero3(adapter.core)
+    own_backward = own_backward or any(p._post_accumulate_grad_hooks for _, p in named)
+    if not named or own_backward:
+        return  # gradients that a wrapper reduces, or an optimizer takes, as they arrive
     sides = [[n for n, p in named if (id(p) in own) == inside] for inside in (True, False)]
     probes = {name for side in sides for name in side[:1] + side[-1:]}
     got, expected = (_gradients(named, side, probes) for side in (packed, plain))
@@ -140,8 +142,8 @@ def self_check(adapter: Adapter, groups: Sequence[Group], backend: str, score_ro
     """Two completions packed next to each other against the stock forward of each alone.
 
     Runs once per model, backend, presence of images and of gradients; leaves random state, `.grad`,
-    mode and the model's cached positions as they were. Gradients are compared in one process only:
-    elsewhere backward is a collective. Raises `SelfCheckError`, `InputError`.
+    mode and the model's cached positions as they were. Gradients are compared where one process
+    holds the whole model: elsewhere backward is a collective. Raises `SelfCheckError`, `InputError`.
     """
     done = _checked.setdefault(adapter.core, set())
     group = _candidate(adapter, groups)

@@ -143,7 +143,8 @@ def self_check(adapter: Adapter, groups: Sequence[Group], backend: str, score_ro
 
     Runs once per model, backend, presence of images and of gradients; leaves random state, `.grad`,
     mode and the model's cached positions as they were. Gradients are compared where one process
-    holds the whole model: elsewhere backward is a collective. Raises `SelfCheckError`, `InputError`.
+    holds the whole model: elsewhere backward is a collective. Raises `SelfCheckError`, and
+    `InputError` for parameters that nothing would train.
     """
     done = _checked.setdefault(adapter.core, set())
     group = _candidate(adapter, groups)

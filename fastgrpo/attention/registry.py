@@ -88,15 +88,16 @@ def _unavailable(name: str, device, dtype, head_dim: int, blocks: bool) -> str |
     return backend.unavailable(device, dtype, head_dim)
 
 
-def install(model) -> None:
-    """Route the attention of a transformers model's text layers and vision tower through us."""
+def install(model, *, tower: bool = False) -> None:
+    """Route the attention of a transformers model's text layers through us, and with `tower` that
+    of a vision tower whose blocks pass `cu_seq_lens_q`."""
     config = model.config
     text = getattr(config, "text_config", None)
     if text is None:
         model.set_attn_implementation(_register(_TEXT_NAME, config, _group_attention))
         return
     names = {"text_config": _register(_TEXT_NAME, text, _group_attention)}
-    if getattr(config, "vision_config", None) is not None:
+    if tower:
         names["vision_config"] = _register(_VISION_NAME, config.vision_config, _vision_attention)
     model.set_attn_implementation(names)
 

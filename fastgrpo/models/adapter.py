@@ -37,13 +37,14 @@ class Adapter:
         """Refuse what a packed row cannot express, switch attention, and name the backend."""
         self._check_dropout()
         if not attention.is_installed(self.core):
-            attention.install(self.core)
+            attention.install(self.core, tower=self.family.varlen_tower)
         recurrence.install(self.mixers)
         heads = self.text_config.num_attention_heads
         head_dim = (
             getattr(self.text_config, "head_dim", None) or self.text_config.hidden_size // heads
         )
-        return attention.choose_backend(backend, self.device, self._compute_dtype(), head_dim)
+        case = (self.device, self._compute_dtype(), head_dim)
+        return attention.choose_backend(backend, *case, blocks=self.family.two_way(self.config))
 
     def forward(self, inputs: dict):
         """The root's output for a packed row; `RecurrenceError` when a layer ignored its layout."""

@@ -40,16 +40,23 @@ class Family:
 
     `name` is transformers' `model_type`. `vision_inputs` are the processor's outputs that describe
     images, as the model's forward takes them; `axes` the rows of its position ids (3 for M-RoPE);
-    `layer_kinds` the values of `layer_types` that are served.
+    `layer_kinds` the values of `layer_types` that are served; `decoders` the text models it may be
+    built on (None: its own alone); `varlen_tower` says that the tower's attention is told the
+    bounds of images and windows in one sequence, as a variable-length call takes them.
     """
 
     vision_inputs: tuple[str, ...] = ()
     axes = 1
     layer_kinds: tuple[str, ...] = ("full_attention", "sliding_attention")
+    decoders: tuple[str, ...] | None = None
+    varlen_tower = False
     coordinates: Coordinates | None = None
 
     def __init__(self, name: str):
         self.name = name
+
+    def check_config(self, config) -> None:
+        """`InputError` for a config of this family that a packed row cannot serve."""
 
     # -- tokens and positions
 
@@ -76,6 +83,16 @@ class Family:
     def stock_inputs(self, config, ids: Tensor, vision: Vision) -> dict[str, Tensor]:
         """What the stock forward of one sequence (1, L) takes beside ids and attention mask."""
         return {key: vision[key] for key in self.vision_inputs if key in vision}
+
+    # -- the mask
+
+    def two_way(self, config) -> bool:
+        """Whether some tokens of a prompt see one another both ways."""
+        return False
+
+    def blocks(self, config, prompt_ids: Tensor) -> list[tuple[int, int]]:
+        """Bounds of the blocks of a prompt whose tokens see one another both ways."""
+        return []
 
     # -- images
 

@@ -15,6 +15,7 @@ class QwenVL(Family):
 
     vision_inputs = ("pixel_values", "image_grid_thw")
     axes = 3
+    varlen_tower = True
 
     def placeholders(self, config) -> tuple[int, ...]:
         return config.image_token_id, config.video_token_id

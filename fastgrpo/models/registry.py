@@ -33,6 +33,11 @@ def family_of(config) -> Family:
             f"{', '.join(families())}"
         )
     text = getattr(config, "text_config", None) or config
+    if family.decoders is not None and text.model_type not in family.decoders:
+        raise InputError(
+            f"model type {config.model_type!r} is served with a text model of "
+            f"{', '.join(family.decoders)}, not {text.model_type!r}"
+        )
     kinds = sorted(set(getattr(text, "layer_types", None) or ()))
     unknown = [kind for kind in kinds if kind not in family.layer_kinds]
     if unknown:
@@ -50,4 +55,5 @@ def family_of(config) -> Family:
                 f"rope type {kind!r} rescales with the longest sequence of the batch: packing "
                 f"other sequences next to one would change it"
             )
+    family.check_config(config)
     return family

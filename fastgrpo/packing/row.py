@@ -41,7 +41,9 @@ class PackedRow:
         self.members = [member for part in parts for member in part.members]
         self.lengths = [length for part in parts for length in part.lengths]
         layout = [(part.group.prompt_ids.numel(), part.lengths) for part in parts]
-        self.layout = GroupLayout(layout, device=device, backend=backend)
+        self.layout = GroupLayout(
+            layout, device=device, backend=backend, blocks=_blocks(adapter, parts)
+        )
 
         ids, positions, targets = [], [], []
         for part in parts:
@@ -83,6 +85,16 @@ class PackedRow:
     def mask(self) -> Tensor:
         """(N,) bool: the tokens with a loss."""
         return self.targets != IGNORED
+
+
+def _blocks(adapter, parts: Sequence[Part]) -> list[tuple[int, int]]:
+    """Bounds in the row of the prompt tokens that see one another both ways."""
+    found, offset = [], 0
+    for part in parts:
+        inside = adapter.family.blocks(adapter.config, part.group.prompt_ids.cpu())
+        found += [(offset + start, offset + end) for start, end in inside]
+        offset += part.tokens
+    return found
 
 
 def check_prompt(adapter, group: Group) -> None:

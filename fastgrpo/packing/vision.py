@@ -48,9 +48,10 @@ class Images:
         return len(self.distinct) - 1
 
     def inputs(self, ids: Sequence[int], device: torch.device) -> Vision:
-        """The vision tower's inputs for these images; empty tensors for none."""
+        """The vision tower's inputs for these images; for none those of some image, so that the
+        model asks for features at all."""
         joined = self.family.join_images([self.distinct[i] for i in ids or (0,)])
-        return {name: (value if ids else value[:0]).to(device) for name, value in joined.items()}
+        return {name: value.to(device) for name, value in joined.items()}
 
 
 class FeatureStore:

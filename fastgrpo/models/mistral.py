@@ -1,0 +1,5 @@
+"""Mistral: text, with a sliding window where the config has one."""
+
+from fastgrpo.models.family import Family
+
+FAMILIES = (Family("mistral"),)

@@ -156,9 +156,9 @@ def test_install_delegates_and_uninstall_restores(family, original):
     (group,) = tm.synthetic_groups(model, [(((4, 6), (8, 8)), 5, (6,))])
     inputs = tm.forward_inputs(model, group, group.completions[0])
     want = model(**inputs).logits
-    attention.install(model)
+    attention.install(model, tower=family in QWEN_VL)
     assert attention.is_installed(model)
-    attention.install(model)  # twice is once
+    attention.install(model, tower=family in QWEN_VL)  # twice is once
     torch.testing.assert_close(model(**inputs).logits, want, atol=1e-5, rtol=0)
     attention.uninstall(model)
     assert not attention.is_installed(model)

@@ -79,7 +79,7 @@ def flex(layout: GroupLayout) -> Callable:
     pad = padded - layout.total
     group, segment, prefix = (
         torch.nn.functional.pad(x.int(), (0, pad), value=value)
-        for x, value in ((layout.group_id, -1), (layout.seg_id, -1), (layout.is_prefix, 0))
+        for x, value in zip(layout.token_tables(), (-1, -1, 0), strict=False)
     )
 
     def visible(b, h, i, j):

@@ -122,8 +122,8 @@ def test_make_batch_targets_follow_the_completion(processor):
     for row, targets in zip(ids.tolist(), batch.targets.tolist(), strict=True):
         start = row.index(think)
         assert targets[start - 1 : -1] == row[start:]
-        assert targets[-1] == warm_start.IGNORED
-        asked = [i for i in range(start - 1) if targets[i] != warm_start.IGNORED]
+        assert targets[-1] == warm_start.IGNORE
+        asked = [i for i in range(start - 1) if targets[i] != warm_start.IGNORE]
         assert [row[i] for i in asked] == [row[start + 1]]
         assert targets[asked[0]] == row[start + 2]
     assert batch.image.sum() == len(batch.digits) == len(batch.places)

@@ -22,8 +22,8 @@ def ids(*values):
 @pytest.mark.parametrize("lengths", ROWS)
 def test_layout_tables_agree_with_a_direct_construction(lengths):
     layout = GroupLayout(lengths)
-    segments, keys, predicting, targets, owners = [], [], [], [], []
-    offset = completion = 0
+    segments, keys, predicting = [], [], []
+    offset = 0
     for prompt, completions in lengths:
         p0, p1 = offset, offset + prompt
         segments.append((p0, p1, p0, p0))
@@ -34,31 +34,26 @@ def test_layout_tables_agree_with_a_direct_construction(lengths):
             own = list(range(offset, offset + length))
             keys.append(list(range(p0, p1)) + own)
             predicting += [p1 - 1, *own[:-1]][:length]
-            targets += own
-            owners += [completion] * length
-            completion += 1
             offset += length
     assert layout.segments == segments and layout.total == offset
-    table = torch.stack(
-        [layout.seg_start, layout.seg_end, layout.prefix_start, layout.prefix_end], 1
-    )
-    assert table.tolist() == [list(s) for s in segments]
     assert layout.kv_index.tolist() == sum(keys, [])
     assert layout.cu_k.tolist() == torch.tensor([0, *map(len, keys)]).cumsum(0).tolist()
     assert layout.cu_q.tolist() == [0] + [s[1] for s in segments]
     assert layout.max_q == max(b - a for a, b, _, _ in segments)
     assert layout.max_k == max(map(len, keys))
-    assert layout.pred_rows.tolist() == predicting and layout.tgt_rows.tolist() == targets
-    assert layout.completion_id.tolist() == owners
+    index, order, first = layout.predictors()
+    assert index is layout.pred_index and len(first) == len(layout.keep_rows) + 1
+    for row in range(len(layout.keep_rows)):
+        reads = (index == row).nonzero()[:, 0].tolist()
+        assert order[first[row] : first[row + 1]].tolist() == reads
     assert layout.keep_rows[layout.pred_index].tolist() == predicting
     assert layout.keep_rows.tolist() == sorted(set(predicting))
-    mask = layout.dense_mask()
+    mask, (_, _, _, text_pos) = layout.dense_mask(), layout.token_tables()
     for (start, end, p0, p1), key in zip(segments, keys, strict=True):
         for row in range(start, end):
             assert mask[row].nonzero()[:, 0].tolist() == [k for k in key if k <= row]
-            assert int(layout.text_pos[row]) == row - start + p1 - p0
-    for name in ("cu_q", "cu_k", "seg_start", "group_id", "seg_id", "text_pos"):
-        assert getattr(layout, name).dtype == torch.int32
+            assert int(text_pos[row]) == row - start + p1 - p0
+    assert layout.cu_q.dtype == layout.cu_k.dtype == torch.int32
     assert layout.kv_index.dtype == torch.int64
 
 

@@ -136,9 +136,9 @@ def test_negative_control_packing_inferred_by_transformers(rows):
     for key in ("fg_layout", "attention_mask", "logits_to_keep"):
         inputs.pop(key)
     if rows == 4:
-        text = row.layout.text_pos.long()[None, None]
+        text = row.layout.token_tables()[3][None, None]
         inputs["position_ids"] = torch.cat([text, inputs["position_ids"]])
-    logits = model(**inputs).logits[0, row.layout.pred_rows]
+    logits = model(**inputs).logits[0, row.layout.keep_rows[row.layout.pred_index]]
     logp = torch.log_softmax(logits, -1).gather(-1, row.targets[:, None])[:, 0]
     want = torch.cat([x for line in want for x in line])
     assert float((logp - want).detach().abs().max()) > 0.1

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from fastgrpo.demo import data
 from fastgrpo.demo.model import CELLS, build_model, build_processor
+from fastgrpo.losses.tokens import IGNORE
 
 SEED = 0
 STEPS = 1000
@@ -30,12 +31,11 @@ WARMUP_STEPS, COOLDOWN_SHARE = 50, 0.4
 # In 300 steps Muon finds the look-up "which image token shows a 7" (89 % of the cells are right);
 # AdamW alone is then still near chance.
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 2e-3, 0.01
-IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`targets` (B, L): the token wanted after each position, or IGNORED. `image` (B, L) marks the
+    """`targets` (B, L): the token wanted after each position, or IGNORE. `image` (B, L) marks the
     image's positions; `digits` and `places`, one per marked position, index READINGS and CELLS.
     """
 
@@ -72,8 +72,8 @@ def make_batch(processor: ProcessorMixin, rng: np.random.Generator, batch_size: 
     token_id = processor.tokenizer.convert_tokens_to_ids
     ids, following = inputs["input_ids"], inputs["input_ids"].roll(-1, dims=1)
     completion = (ids == token_id("<think>")).cumsum(1) > 0
-    targets = torch.where(completion.roll(-1, dims=1), following, IGNORED)
-    targets[:, -1] = IGNORED
+    targets = torch.where(completion.roll(-1, dims=1), following, IGNORE)
+    targets[:, -1] = IGNORE
     # The first digit of a row is the question's: there the place is asked for, as after the
     # thought's digit.
     numbers = torch.isin(ids, torch.tensor(token_id(list(READINGS[:10]))))
@@ -95,7 +95,7 @@ def loss_of(model: PreTrainedModel, processor: ProcessorMixin, batch: Batch) -> 
     cell is this.
     """
     logits = model(**batch.inputs, use_cache=False).logits
-    wanted = batch.targets != IGNORED
+    wanted = batch.targets != IGNORE
     seen = logits[batch.image]
     token_id = processor.tokenizer.convert_tokens_to_ids
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,9 @@ from fastgrpo.ops.grpo_loss import GRPOLoss
 from fastgrpo.ops.linear.grpo import linear_grpo_loss
 from fastgrpo.ops.linear.logprob import linear_logprob
 from fastgrpo.ops.token_kl import token_kl
-from fastgrpo.packing.group import Group
-from fastgrpo.packing.row import IGNORED, PackedRow
+from fastgrpo.packing.group import Group, hosted
+from fastgrpo.packing.host import device_copies, on_host
+from fastgrpo.packing.row import PackedRow
 from fastgrpo.packing.vision import FeatureStore
 
 OPTIONAL = ("old_logp", "ref_logp", "rollout_logp", "token_weights")
@@ -58,25 +59,36 @@ class RowLoss:
     def inputs(
         self, groups: Sequence[Group], members: Sequence[Member], mask: Tensor, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """The loss's inputs for the tokens of some completions, in order, on the mask's device."""
+        """The loss's inputs for the tokens of some completions, in order, on the mask's device.
+
+        `groups` are `hosted`; what of them lies on the host is sent at once.
+        """
         device = mask.device
         lengths = torch.tensor([groups[g].lengths[c] for g, c in members], dtype=torch.int64)
 
-        def joined(values) -> Tensor:
-            return torch.cat([*(v.cpu() for v in values), torch.zeros(0)]).to(device, dtype)
+        def joined(values: Iterable[Tensor]) -> Tensor:
+            values = list(values)
+            if not all(on_host(x) for x in values):
+                values = [x.to(device) for x in values]
+            return torch.cat([x.to(dtype) for x in values]) if values else torch.zeros(0).to(dtype)
 
-        batch = {"seq_ids": torch.repeat_interleave(lengths).to(device), "mask": mask}
+        columns = {"seq_ids": torch.repeat_interleave(lengths)}
         if all(isinstance(group.advantages, Tensor) for group in groups):
-            batch["advantages"] = joined(groups[g].advantages[c][None] for g, c in members)
+            columns["advantages"] = joined(groups[g].advantages[c][None] for g, c in members)
         else:
-            batch["advantages"] = joined(groups[g].token_advantages(c) for g, c in members)
+            columns["advantages"] = joined(groups[g].token_advantages(c) for g, c in members)
         for name in OPTIONAL:
             if groups[0].__dict__[name] is not None:
-                batch[name] = joined(getattr(groups[g], name)[c] for g, c in members)
-        batch["kl_terms"] = [
-            stream.term(joined(groups[g].streams[name][c] for g, c in members))
-            for name, stream in self.kl_streams.items()
+                columns[name] = joined(getattr(groups[g], name)[c] for g, c in members)
+        streams = [
+            joined(groups[g].streams[name][c] for g, c in members) for name in self.kl_streams
         ]
+        given = [*columns.values(), *streams]
+        arrived = iter(device_copies([x for x in given if on_host(x)], device))
+        given = [next(arrived) if on_host(x) else x for x in given]
+        batch = dict(zip(columns, given, strict=False)) | {"mask": mask}
+        terms = zip(self.kl_streams.values(), given[len(columns) :], strict=True)
+        batch["kl_terms"] = [stream.term(logp) for stream, logp in terms]
         return batch
 
     def __call__(
@@ -159,6 +171,7 @@ def loss_of_groups(
     (For a loop that calls backward itself; `GRPOStep` does so row by row.) The log-probs and
     entropies it returns are constants. The denominators are those of the optimizer step.
     """
+    groups = hosted(groups)
     rows = pack(
         adapter,
         groups,
@@ -178,7 +191,7 @@ def loss_of_groups(
     totals = {"num_tokens": num_tokens, "num_sequences": num_sequences}
     store, parts, results = feature_store(rows, detach=False), [], []
     for row in rows:
-        batch = loss.inputs(groups, row.members, row.targets != IGNORED, loss_dtype(adapter))
+        batch = loss.inputs(groups, row.members, row.mask, loss_dtype(adapter))
         result, part = loss(adapter, row, batch | totals, store)
         parts.append(part)
         results.append(result)

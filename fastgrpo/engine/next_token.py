@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastgrpo.engine.forward import feature_store, row_images
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.head import effective_head, replaced_head, under_autocast
-from fastgrpo.packing.group import Group
+from fastgrpo.packing.group import Group, hosted
 from fastgrpo.packing.planner import Part, plan_rows
 from fastgrpo.packing.row import PackedRow, check_prompt
 from fastgrpo.packing.vision import Images
@@ -30,7 +30,7 @@ def next_token_logits(
     multiplied: a softmax over them is a judge's restricted-vocabulary probability. Differentiable
     unless under `torch.no_grad`. Completions of the groups are ignored. Raises `InputError`.
     """
-    adapter = Adapter(model)
+    adapter, groups = Adapter(model), hosted(groups)
     logits: list[Tensor | None] = [None] * len(groups)
     for _, members, last in prompt_passes(adapter, groups, max_tokens, backend, token_ids):
         for i, value in zip(members, last, strict=True):

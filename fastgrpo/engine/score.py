@@ -15,7 +15,7 @@ from fastgrpo.engine.self_check import self_check as run_self_check
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.ops.linear.logprob import linear_logprob
-from fastgrpo.packing.group import Group
+from fastgrpo.packing.group import Group, hosted
 from fastgrpo.packing.planner import plan_rows, regroup
 from fastgrpo.packing.row import PackedRow, check_prompt
 from fastgrpo.packing.vision import FeatureStore, Images
@@ -62,7 +62,7 @@ def score(
 
     Raises `InputError` naming the sample, or the reason why the model is not served.
     """
-    adapter = Adapter(model)
+    adapter, groups = Adapter(model), hosted(groups)
     chosen = adapter.prepare(backend)
     if self_check:
         run_self_check(adapter, groups, chosen, score_row)
@@ -98,7 +98,8 @@ def pack(
     placeholders: str,
     skip: set[tuple[int, int]] = frozenset(),
 ) -> list[PackedRow]:
-    """The rows of a pass: prompts merged, images made distinct, completions in `skip` left out."""
+    """The rows of a pass over `hosted` groups: prompts merged, images made distinct, completions in
+    `skip` left out."""
     neutral = neutral_id(adapter, placeholders)
     for group in groups:
         check_prompt(adapter, group)

@@ -194,7 +194,7 @@ def _candidate(adapter: Adapter, groups: Sequence[Group]) -> Group | None:
     """The shortest group with something to score, one with images if there is any."""
 
     def clean(c: Tensor) -> bool:
-        return not torch.isin(c.cpu(), torch.tensor(adapter.placeholders)).any()
+        return not torch.isin(c, torch.tensor(adapter.placeholders)).any()
 
     usable = [
         g

@@ -13,11 +13,12 @@ from fastgrpo.engine.parallel import distributed
 from fastgrpo.engine.score import neutral_id, pack, score_row
 from fastgrpo.engine.self_check import self_check as run_self_check
 from fastgrpo.errors import InputError
+from fastgrpo.losses.tokens import IGNORE
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.objective import KLStream, Objective
 from fastgrpo.ops.grpo_loss import GRPOLoss, grpo_loss, merge_metrics
-from fastgrpo.packing.group import Group
-from fastgrpo.packing.row import IGNORED, PackedRow, fed_and_target
+from fastgrpo.packing.group import Group, hosted
+from fastgrpo.packing.row import PackedRow, fed_and_target
 from fastgrpo.packing.vision import FeatureStore
 
 
@@ -82,7 +83,7 @@ class GRPOStep:
         """`num_tokens`, `num_sequences`: denominators when `groups` is one rank's share of a step
         (default: the unmasked tokens and the sequences of `groups`). `weight` scales the whole
         loss: calls before one optimizer step add their objectives, J = sum_i w_i J_i."""
-        adapter, groups = self.adapter, list(groups)
+        adapter, groups = self.adapter, hosted(groups)
         self._check(groups)
         backend = adapter.prepare(self.backend)
         if self.self_check:
@@ -90,10 +91,11 @@ class GRPOStep:
         idle = self._without_gradient(groups)
         skip = idle if self.skip_zero_gradient and not distributed() else []
         rows = self._pack(adapter, groups, backend, skip)
-        skipped = self._sequences(groups, skip, self._masks(groups, skip))
-        batches = [self._sequences(groups, row.members, row.targets != IGNORED) for row in rows]
+        idle_mask = self._masks(groups, skip)
+        skipped = self._sequences(groups, skip, idle_mask)
+        batches = [self._sequences(groups, row.members, row.mask) for row in rows]
         if num_tokens is None:
-            num_tokens = sum(int(batch["mask"].sum()) for batch in [skipped, *batches])
+            num_tokens = sum(row.num_targets for row in rows) + int(idle_mask.sum())
         if num_sequences is None:
             num_sequences = sum(len(group.completions) for group in groups)
         totals = {"num_tokens": float(num_tokens), "num_sequences": float(num_sequences)}
@@ -177,9 +179,7 @@ class GRPOStep:
     def _masks(self, groups, members: Sequence[Member]) -> Tensor:
         neutral = neutral_id(self.adapter, self.placeholders)
         targets = [fed_and_target(self.adapter, groups[g], c, neutral)[1] for g, c in members]
-        return (
-            torch.cat([t.cpu() for t in targets] + [torch.zeros(0, dtype=torch.int64)]) != IGNORED
-        )
+        return torch.cat([*targets, torch.zeros(0, dtype=torch.int64)]) != IGNORE
 
     def _without_gradient(self, groups) -> list[Member]:
         """Completions whose gradient is exactly zero and whose metrics need no forward either."""
@@ -212,6 +212,7 @@ class GRPOStep:
         for g, group in enumerate(groups):
             if group.advantages is None:
                 raise InputError(f"groups[{g}] ({group.name}): advantages is missing")
+            group.check_finite()
         for name in self.loss.kl_streams:
             for g, group in enumerate(groups):
                 if name not in group.streams:

@@ -62,7 +62,8 @@ class Row:
     def _high_entropy(self, entropy: torch.Tensor | None) -> torch.Tensor | None:
         if self.obj.top_entropy_quantile >= 1.0:
             return None
-        values = entropy.detach()[self.mask].float()
+        values = entropy.detach()[self.mask]
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
         if values.numel() == 0:
             return self.mask
         threshold = torch.quantile(values, 1.0 - self.obj.top_entropy_quantile)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgrpo.errors import InputError
+from fastgrpo.packing.host import host_copies, on_host
 
 _PER_TOKEN = ("old_logp", "ref_logp", "rollout_logp", "mask", "token_weights")
 
@@ -98,9 +102,48 @@ class Group:
                 f"{self.name}: advantages must be a tensor of shape ({count},) or a list of "
                 f"{count} tensors of shape (C_i,), got {type(self.advantages).__name__}"
             )
-        for i in range(count):
-            if not torch.isfinite(self.advantages[i]).all():
+        if all(on_host(a) for a in self.advantages):
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """`InputError` naming the first advantage that is not finite. Advantages on a device are
+        looked at when a step has copied them to the host."""
+        for i, advantage in enumerate(self.advantages):
+            if not torch.isfinite(advantage).all():
                 raise InputError(f"{self.name}: advantages[{i}] is not finite")
+
+
+def hosted(groups: Sequence[Group]) -> list[Group]:
+    """The groups with all that the host reads (ids, masks, advantages, the sizes of images) on the
+    host, copied at once; pixels and log-probs stay where they are."""
+    read: list[Tensor] = []
+    for group in groups:
+        _host_fields(group, lambda x: read.append(x))
+    if all(on_host(x) for x in read):
+        return list(groups)
+    copies = iter(host_copies(read))
+    moved = [copy.copy(group) for group in groups]
+    for group in moved:
+        vars(group).update(_host_fields(group, lambda _: next(copies)))
+    return moved
+
+
+def _host_fields(group: Group, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """What the host reads of a group, `function` applied to each of its tensors."""
+
+    def each(values: Tensor | list[Tensor] | None):
+        if values is None or isinstance(values, Tensor):
+            return values if values is None else function(values)
+        return [function(x) for x in values]
+
+    fields = {
+        name: each(getattr(group, name))
+        for name in ("prompt_ids", "completions", "mask", "advantages")
+    }
+    pictures = group.vision.items()
+    return fields | {
+        "vision": {k: x if x.is_floating_point() else function(x) for k, x in pictures}
+    }
 
 
 def _check_ids(group: Group, what: str, ids: object):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from fastgrpo.errors import InputError
 from fastgrpo.packing.group import Group
+from fastgrpo.packing.host import first_equal, host_copies
 
 # Rows of about this many tokens keep a GPU busy; without a budget from the caller no row grows
 # beyond it unless a single prompt and completion already do.
@@ -31,24 +30,21 @@ class Part:
 def regroup(groups: Sequence[Group], skip: set[tuple[int, int]] = frozenset()) -> list[Part]:
     """One Part per distinct prompt (same ids and same images), completions in the caller's order.
 
-    A hash finds candidates; equality of every tensor decides. Completions in `skip` and those
-    without a token are left out.
+    Equality of every tensor decides. Completions in `skip` and those without a token are left out.
     """
-    parts: list[Part] = []
-    by_key: dict[tuple, list[Part]] = {}
-    for g, group in enumerate(groups):
-        members = [(g, c) for c, n in enumerate(group.lengths) if n and (g, c) not in skip]
-        if not members:
-            continue
-        candidates = by_key.setdefault(_key(group), [])
-        part = next((p for p in candidates if _same_prompt(p.group, group)), None)
-        if part is None:
-            part = Part(group, [], [])
-            candidates.append(part)
-            parts.append(part)
-        part.members += members
-        part.lengths += [group.completions[c].numel() for _, c in members]
-    return parts
+    parts: dict[tuple, Part] = {}
+    members = [
+        [(g, c) for c, n in enumerate(group.lengths) if n and (g, c) not in skip]
+        for g, group in enumerate(groups)
+    ]
+    kept = [g for g, some in enumerate(members) if some]
+    prompts = host_copies([groups[g].prompt_ids for g in kept])
+    images = first_equal([groups[g].vision for g in kept])
+    for g, prompt, image in zip(kept, prompts, images, strict=True):
+        part = parts.setdefault((prompt.numpy().tobytes(), image), Part(groups[g], [], []))
+        part.members += members[g]
+        part.lengths += [groups[g].completions[c].numel() for _, c in members[g]]
+    return list(parts.values())
 
 
 def plan_rows(parts: Sequence[Part], max_tokens: int | None = None) -> list[list[Part]]:
@@ -91,19 +87,3 @@ def _split(part: Part, budget: int, strict: bool) -> list[Part]:
         pieces[-1].members.append(member)
         pieces[-1].lengths.append(length)
     return pieces
-
-
-def _key(group: Group) -> tuple:
-    vision = sorted(group.vision.items())
-    content = [float(v.sum(dtype=torch.float64)) for _, v in vision]
-    shapes = [(k, v.dtype, tuple(v.shape)) for k, v in vision]
-    return group.prompt_ids.cpu().numpy().tobytes(), tuple(shapes), tuple(content)
-
-
-def _same_prompt(a: Group, b: Group) -> bool:
-    def same(x, y):
-        return x is y or torch.equal(x, y)
-
-    return same(a.prompt_ids, b.prompt_ids) and all(
-        same(v, b.vision[k]) for k, v in a.vision.items()
-    )

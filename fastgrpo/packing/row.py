@@ -8,20 +8,21 @@ import torch
 from torch import Tensor
 
 from fastgrpo.errors import InputError
+from fastgrpo.losses.tokens import IGNORE
 from fastgrpo.models.family import TEXT_OUTPUTS
 from fastgrpo.packing.group import Group
+from fastgrpo.packing.host import device_copies
 from fastgrpo.packing.layout import GroupLayout
 from fastgrpo.packing.planner import Part
 from fastgrpo.packing.vision import Images
 
-IGNORED = -100  # target of a token without a loss
-
 
 class PackedRow:
-    """One row: `parts` in order, each prompt once, then its completions.
+    """One row: `parts` in order, each prompt once, then its completions; groups are `hosted`.
 
     `inputs` are the model's keyword arguments, `targets` (N,) int64 the completion tokens in row
-    order, `members` the (group, completion) of each completion and `lengths` their lengths.
+    order, `num_targets` how many of them have a loss, `members` the (group, completion) of each
+    completion and `lengths` their lengths.
     """
 
     def __init__(
@@ -48,27 +49,27 @@ class PackedRow:
         ids, positions, targets = [], [], []
         for part in parts:
             prompt = part.group.prompt_ids
-            where = adapter.prompt_positions(prompt.cpu(), part.group.vision)
+            where = adapter.prompt_positions(prompt, part.group.vision)
             # Completions go on where the prompt ended on the widest axis, not at its length: an
             # image of h x w tokens advances the positions by max(h, w).
             following = int(where.max()) + 1
-            ids.append(prompt.to(device))
+            ids.append(prompt)
             positions.append(where)
             for g, c in part.members:
                 fed, target = fed_and_target(adapter, groups[g], c, neutral_id)
-                ids.append(fed.to(device))
-                targets.append(target.to(device))
+                ids.append(fed)
+                targets.append(target)
                 after = torch.arange(following, following + fed.numel())
                 positions.append(after.expand(where.shape[0], -1))
-        position_ids = torch.cat(positions, 1)
+        target = torch.cat([*targets, torch.zeros(0, dtype=torch.int64)])
+        self.num_targets = int((target != IGNORE).sum())
+        sent = (torch.cat(ids)[None], torch.cat(positions, 1), target)
+        input_ids, position_ids, self.targets = device_copies(sent, device)
         if adapter.family.axes > 1:
             position_ids = position_ids[:, None]  # (A, 1, T)
-        self.targets = (
-            torch.cat(targets) if targets else torch.zeros(0, dtype=torch.int64, device=device)
-        )
         self.inputs = {
-            "input_ids": torch.cat(ids)[None],
-            "position_ids": position_ids.to(device),
+            "input_ids": input_ids,
+            "position_ids": position_ids,
             # A 4-D mask is passed through as it is: transformers must not infer the structure of
             # the row from positions or build a (T, T) mask of its own.
             "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
@@ -84,7 +85,7 @@ class PackedRow:
     @property
     def mask(self) -> Tensor:
         """(N,) bool: the tokens with a loss."""
-        return self.targets != IGNORED
+        return self.targets != IGNORE
 
 
 def _blocks(adapter, parts: Sequence[Part]) -> list[tuple[int, int]]:
@@ -148,20 +149,20 @@ def _check_images(adapter, group: Group) -> None:
 def _runs(flags: Tensor) -> list[int]:
     """Lengths of the runs of True."""
     padded = torch.zeros(flags.numel() + 2, dtype=torch.int8)
-    padded[1:-1] = flags.cpu()
+    padded[1:-1] = flags
     step = padded.diff()
     return ((step == -1).nonzero() - (step == 1).nonzero())[:, 0].tolist()
 
 
 def fed_and_target(adapter, group: Group, c: int, neutral_id: int | None) -> tuple[Tensor, Tensor]:
-    """(C,) ids of completion c to feed and (C,) targets, `IGNORED` where the token has no loss."""
+    """(C,) ids of completion c to feed and (C,) targets, `IGNORE` where the token has no loss."""
     ids = group.completions[c]
     target = ids
     if group.mask is not None:
-        target = torch.where(group.mask[c].to(ids.device) != 0, ids, IGNORED)
+        target = torch.where(group.mask[c] != 0, ids, IGNORE)
     if not adapter.placeholders:
         return ids, target
-    bad = torch.isin(ids, torch.tensor(adapter.placeholders, device=ids.device))
+    bad = torch.isin(ids, torch.tensor(adapter.placeholders))
     if not bool(bad.any()):
         return ids, target
     if neutral_id is None:
@@ -170,4 +171,4 @@ def fed_and_target(adapter, group: Group, c: int, neutral_id: int | None) -> tup
             f"{group.name}: completions[{c}] has the image or video placeholder {int(ids[where])} "
             f"at token {where}, where there is no image; forbid the id in sampling"
         )
-    return ids.masked_fill(bad, neutral_id), target.masked_fill(bad, IGNORED)
+    return ids.masked_fill(bad, neutral_id), target.masked_fill(bad, IGNORE)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.family import Family, Features, Join, Vision
 from fastgrpo.packing.group import Group
+from fastgrpo.packing.host import first_equal
 
 
 class Images:
@@ -22,30 +23,17 @@ class Images:
 
     def __init__(self, family: Family, groups: Iterable[Group]):
         self.family = family
-        self.distinct: list[Vision] = []
-        self._of: dict[int, list[int]] = {}
-        seen: dict[tuple, list[int]] = {}
-        for group in groups:
-            if id(group) in self._of or not family.has_images(group.vision):
-                continue
-            self._of[id(group)] = [
-                self._add(image, seen) for image in family.split_images(group.vision)
-            ]
+        shown = {id(group): group for group in groups if family.has_images(group.vision)}
+        split = {key: family.split_images(group.vision) for key, group in shown.items()}
+        images = [image for part in split.values() for image in part]
+        first = first_equal(images)
+        number = {i: n for n, i in enumerate(dict.fromkeys(first))}
+        self.distinct: list[Vision] = [images[i] for i in number]
+        ids = iter(number[i] for i in first)
+        self._of = {key: [next(ids) for _ in part] for key, part in split.items()}
 
     def ids_of(self, group: Group) -> list[int]:
         return self._of.get(id(group), [])
-
-    def _add(self, image: Vision, seen: dict) -> int:
-        key = tuple(
-            (name, value.dtype, tuple(value.shape), float(value.sum(dtype=torch.float64)))
-            for name, value in image.items()
-        )
-        for i in seen.setdefault(key, []):
-            if all(torch.equal(self.distinct[i][name], value) for name, value in image.items()):
-                return i
-        seen[key].append(len(self.distinct))
-        self.distinct.append(image)
-        return len(self.distinct) - 1
 
     def inputs(self, ids: Sequence[int], device: torch.device) -> Vision:
         """The vision tower's inputs for these images; for none those of some image, so that the

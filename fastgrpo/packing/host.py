@@ -1,0 +1,95 @@
+"""Many small tensors between host and device: one transfer, whatever their number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+_ALIGN = 16  # bytes between the starts of two tensors in a buffer: any dtype can be viewed there
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether reading `x` waits for no device."""
+    return x.device.type == "cpu"
+
+
+def host_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors on the host; all that lie on a device come in one copy (per device)."""
+    copies = list(tensors)
+    devices = {x.device for x in tensors if not on_host(x)}
+    for device in devices:
+        away = [i for i, x in enumerate(tensors) if x.device == device and not on_host(x)]
+        chosen = [tensors[i].detach() for i in away]
+        buffer = torch.cat([piece for x in chosen for piece in _padded(x)]).cpu()
+        for i, copy in zip(away, _views(buffer, chosen), strict=True):
+            copies[i] = copy
+    return copies
+
+
+def device_copies(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """The host's tensors on `device`: one buffer, pinned for a GPU, copied without waiting."""
+    device = torch.device(device)
+    size = sum(_room(x) for x in tensors)
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for view, x in zip(_views(buffer, tensors), tensors, strict=True):
+        view.copy_(x)
+    return list(_views(buffer.to(device, non_blocking=True), tensors))
+
+
+def first_equal(items: Sequence[Mapping[str, Tensor]]) -> list[int]:
+    """For each item the index of the first that equals it in names, dtypes, shapes and elements.
+
+    Checksums find candidates and comparisons decide; a device is read once for each.
+    """
+    named = [sorted(item.items()) for item in items]
+    sums = host_copies([x.sum(dtype=torch.float64) for item in named for _, x in item])
+    sums = iter(torch.stack(sums).tolist() if sums else ())
+    keys = [
+        tuple((name, x.dtype, tuple(x.shape), next(sums)) for name, x in item) for item in named
+    ]
+    seen: dict[tuple, int] = {}
+    candidates = [seen.setdefault(key, i) for i, key in enumerate(keys)]
+    pairs = [(i, c) for i, c in enumerate(candidates) if i != c]
+    flags = host_copies([_equal(items[i], items[c]) for i, c in pairs])
+    first = list(range(len(items)))
+    for (i, c), same in zip(pairs, flags, strict=True):
+        if same:
+            first[i] = c
+            continue
+        # equal checksums of different contents: rare enough to be looked at one by one
+        others = (j for j in range(c + 1, i) if keys[j] == keys[i] and first[j] == j)
+        first[i] = next((j for j in others if _equal(items[i], items[j])), i)
+    return first
+
+
+def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """0-dim bool; the shapes are known to agree."""
+    flags = [(a[n] == b[n]).all() for n in a if not _same_memory(a[n], b[n])]
+    devices = {flag.device for flag in flags}
+    if len(devices) > 1:
+        flags = host_copies(flags)
+    return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.numel() > 0)
+
+
+def _room(x: Tensor) -> int:
+    return -(-x.numel() * x.itemsize // _ALIGN) * _ALIGN
+
+
+def _padded(x: Tensor) -> Iterator[Tensor]:
+    """The bytes of a tensor, and as many as bring the next to its place."""
+    data = x.contiguous().reshape(-1).view(torch.uint8)
+    yield data
+    yield data.new_zeros(_room(x) - data.numel())
+
+
+def _views(buffer: Tensor, like: Sequence[Tensor]) -> Iterator[Tensor]:
+    start = 0
+    for x in like:
+        yield buffer[start : start + x.numel() * x.itemsize].view(x.dtype).view(x.shape)
+        start += _room(x)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastgrpo as fg
+from fastgrpo.ops.linear import head, logprob
 from fastgrpo.ops.linear.logprob import linear_logprob_op
 from fastgrpo.ops.select import why_not
 from fastgrpo.testing import assert_within_budget, relative_error
@@ -147,8 +148,12 @@ def test_gradient_of_a_certain_token(impl):
         assert (ratio - 1).abs().max() < 0.01
 
 
+@pytest.mark.parametrize("late", [False, True])  # a GPU looks for overflow after the last chunk
 @pytest.mark.parametrize("impl", FAST)
-def test_unlikely_targets_take_the_safe_path(impl):
+def test_unlikely_targets_take_the_safe_path(impl, late, monkeypatch):
+    if late:
+        for module in (head, logprob):
+            monkeypatch.setattr(module, "looks_at_each_chunk", lambda device: False)
     h = torch.tensor([[100.0], [300.0], [5000.0], [1.0]])
     w = torch.tensor([[1.0], [0.5], [-0.5], [0.99]])
     y = torch.tensor([2, 2, 2, 1])  # the first three lie 150, 450, 7500 below the maximum

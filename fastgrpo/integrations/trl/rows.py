@@ -15,6 +15,7 @@ from fastgrpo.engine.loss import OPTIONAL as LOSS_FIELDS
 from fastgrpo.errors import InputError
 from fastgrpo.models.family import Family
 from fastgrpo.packing import Group
+from fastgrpo.packing.host import device_copies, host_copies
 
 # What TRL hands to its per-token pass beside ids, masks and `mm_token_type_ids`.
 IMAGE_FIELDS = (
@@ -31,10 +32,10 @@ IMAGE_FIELDS = (
 
 @dataclass
 class Rows:
-    """The rows of one padded batch, unpadded.
+    """The rows of one padded batch, unpadded, ids and sizes of images on the host.
 
     `prompts[b]` (P_b,) and `completions[b]` (C_b,) are cut by the attention mask, never by the pad
-    id, which may occur inside either. `vision[b]` holds row b's own images.
+    id, which may occur inside either. `vision[b]` holds row b's own images. `device`: the batch's.
     """
 
     prompts: list[Tensor]
@@ -54,7 +55,8 @@ def read_rows(
     num_images: list[int] | None = None,
     mm_token_type_ids: Tensor | None = None,
 ) -> Rows:
-    """Unpads (B, P + C) ids, on the host: one copy of ids and masks, however many rows.
+    """Unpads (B, P + C) ids, on the host: one copy of ids, masks and the sizes of images, however
+    many rows.
 
     `fields` are the batch's image inputs by TRL's names.
 
@@ -62,10 +64,16 @@ def read_rows(
     `InputError` naming the row.
     """
     device, width = input_ids.device, input_ids.shape[1] - num_columns
-    if mm_token_type_ids is None:
-        mm_token_type_ids = torch.zeros_like(input_ids)
-    tables = [x.to(input_ids) for x in (input_ids, attention_mask, mm_token_type_ids)]
-    input_ids, attention_mask, mm_token_type_ids = torch.stack(tables).cpu()
+    types = [] if mm_token_type_ids is None else [mm_token_type_ids]
+    sizes = {
+        name: value
+        for name, value in fields.items()
+        if isinstance(value, Tensor) and not value.is_floating_point()
+    }
+    read = host_copies([input_ids, attention_mask, *types, *sizes.values()])
+    input_ids, attention_mask, *read = read
+    types, read = read[: len(types)], read[len(types) :]
+    fields = {**fields, **dict(zip(sizes, read, strict=True))}
     prompt_mask, completion_mask = attention_mask.bool().split([width, num_columns], dim=1)
     prompt_ids, completion_ids = input_ids.split([width, num_columns], dim=1)
     lengths = completion_mask.sum(1)
@@ -75,7 +83,7 @@ def read_rows(
             f"row {int(hole.nonzero()[0])}: the completion mask has a hole; a completion must be "
             "right-padded"
         )
-    if mm_token_type_ids[:, width:].any():
+    if types and types[0][:, width:].any():
         raise InputError(
             "images inside a completion (returned by a tool) cannot be packed; train this "
             "environment with TRL's own trainer"
@@ -148,9 +156,9 @@ class LossTables:
     """
 
     def __init__(self, advantages: Tensor, mask: Tensor, columns: dict[str, Tensor]):
-        tables = torch.stack([x.float() for x in (mask, *columns.values())]).cpu()
-        self.advantages, self.mask = advantages.float().cpu(), tables[0] != 0
-        self.columns = dict(zip(columns, tables[1:], strict=True))
+        given = [x.float() for x in (advantages, mask, *columns.values())]
+        self.advantages, mask, *tables = host_copies(given)
+        self.mask, self.columns = mask != 0, dict(zip(columns, tables, strict=True))
         self.num_rows, self.num_tokens = len(mask), int(self.mask.sum())
 
     def weightless(self) -> list[bool]:
@@ -172,14 +180,15 @@ class LossTables:
 
 def scatter(values: list[Tensor], members: list[int], rows: Rows) -> Tensor:
     """(B, C) float32 with `values[i]` (C_i,) in row `members[i]`; exactly 0 elsewhere."""
-    shape, device = (len(rows.prompts), rows.num_columns), rows.device
+    shape = (len(rows.prompts), rows.num_columns)
     if not members:
-        return torch.zeros(shape, device=device)
+        return torch.zeros(shape, device=rows.device)
     columns = torch.arange(rows.num_columns)
     index = torch.cat(
         [columns[: len(v)] + row * shape[1] for v, row in zip(values, members, strict=True)]
-    ).to(device)
-    flat = torch.zeros(shape, device=device).view(-1)
+    )
+    (index,) = device_copies([index], rows.device)
+    flat = torch.zeros(shape, device=rows.device).view(-1)
     return flat.index_copy(0, index, torch.cat(values).float()).view(shape)
 
 

@@ -77,6 +77,7 @@ class TRLCheck:
             family = self.adapter.family
             images = [family.split_images(v) if v else [] for v in vision]
             given["num_images"] = [len(row) for row in images]
-            given |= family.join_images([image for row in images for image in row])
+            joined = family.join_images([image for row in images for image in row])
+            given |= {name: value.to(self.rows.device) for name, value in joined.items()}
         columns = self.rows.num_columns
         return self.trl_values(self.adapter.root, logits_to_keep=columns, **given)[0]

@@ -100,8 +100,7 @@ class Head:
         """Exponentials of the rows x (C, D) with targets y, made in `buffer` and left in `keep`
         (C, V) if that is given, in its dtype.
 
-        safe: rows whose exponents overflow are recomputed about their maximum; costs a host
-        synchronisation, so that CUDA callers may look at `overflow` once at the end instead.
+        safe: rows whose exponents overflow are recomputed about their maximum; see `until_safe`.
         """
         if self.epilogue and not entropy:
             return self._chunk_by_epilogue(x, y, inv_t, buffer, safe, keep)
@@ -167,6 +166,14 @@ class Head:
         if safe and bool(overflow.any()):
             self._safe_rows(x, y, inv_t, out)
         return out
+
+    def until_safe(self, fill: Callable[[bool], torch.Tensor]) -> torch.Tensor:
+        """Run the chunks of a call, `fill(safe)`, and again if rows of an unsafe pass overflowed;
+        returns the overflow count of the pass that stands."""
+        if looks_at_each_chunk(self.weight.device):
+            return fill(True)
+        clamped = fill(False)
+        return fill(True) if int(clamped) else clamped
 
     def _target_logit(self, z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """f(z_y) over all shards: one all-reduce of a float per row."""
@@ -371,6 +378,12 @@ class Gradients:
         if self.head.shard is not None and self.need[0]:
             self.head.shard.sum(self.dhidden)
         return self.dhidden, self.dweight, self.dbias
+
+
+def looks_at_each_chunk(device: torch.device) -> bool:
+    """Whether overflow is looked at chunk by chunk. On a GPU each look is a host synchronisation: a
+    call looks once at its end and does its work again in the rare case."""
+    return device.type == "cpu"
 
 
 def bfloat16_products(x: torch.Tensor) -> bool:

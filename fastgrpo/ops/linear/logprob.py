@@ -17,7 +17,7 @@ import torch
 from fastgrpo.checks import check_choice
 from fastgrpo.errors import InputError
 from fastgrpo.losses.tokens import IGNORE
-from fastgrpo.ops.linear.head import Chunk, Gradients, Head, bfloat16_products
+from fastgrpo.ops.linear.head import Chunk, Gradients, Head, bfloat16_products, looks_at_each_chunk
 from fastgrpo.ops.linear.inputs import check_head, inverse_temperature, select_head
 from fastgrpo.ops.linear.memory import keeps
 from fastgrpo.reference import linear_logprob as reference
@@ -154,27 +154,33 @@ def linear_logprob_op(
     logp = hidden.new_zeros(N, dtype=wide)
     H = hidden.new_zeros(N if entropy else 0, dtype=wide)
     kept, stats = _kept(hidden, head.weight, plan)
-    clamped = hidden.new_zeros((), dtype=torch.int64)
     grads = Gradients(head, hidden, (plan == "frozen", False, False))
     if plan == "frozen":
         grads.dhidden = kept
     work = _Work(targets, head, workspace_mb)
     buffer = None if plan == "keep" and not head.half else head.buffer(work.step)
-    for rows, part in work:
-        x, y = head.rows(hidden, rows), targets[rows]
-        inv_t = None if inv_temperature is None else inv_temperature[rows].to(wide)
-        keep = kept[part] if plan == "keep" and buffer is not None else None
-        c = head.chunk(x, y, inv_t, kept[part] if buffer is None else buffer, entropy, keep=keep)
-        logp[rows] = c.logp
-        if entropy:
-            H[rows] = c.entropy
-        clamped += c.overflow.sum()
-        if plan == "frozen":
-            E, v = head.weigh(c, y, inv_t, torch.ones_like(c.logp), None, in_place=True)
-            grads.add(E, v, x, rows)
-        elif plan == "keep":
-            shift = torch.zeros_like(c.total) if c.shift is None else c.shift
-            stats[part] = torch.stack([c.total, shift, c.target_logit], 1)
+
+    def fill(safe: bool) -> torch.Tensor:
+        clamped = targets.new_zeros(())
+        for rows, part in work:
+            x, y = head.rows(hidden, rows), targets[rows]
+            inv_t = None if inv_temperature is None else inv_temperature[rows].to(wide)
+            keep = kept[part] if plan == "keep" and buffer is not None else None
+            memory = kept[part] if buffer is None else buffer
+            c = head.chunk(x, y, inv_t, memory, entropy, safe, keep=keep)
+            logp[rows] = c.logp
+            if entropy:
+                H[rows] = c.entropy
+            clamped += c.overflow.sum()
+            if plan == "frozen":
+                E, v = head.weigh(c, y, inv_t, torch.ones_like(c.logp), None, in_place=True)
+                grads.add(E, v, x, rows)
+            elif plan == "keep":
+                shift = torch.zeros_like(c.total) if c.shift is None else c.shift
+                stats[part] = torch.stack([c.total, shift, c.target_logit], 1)
+        return clamped
+
+    clamped = head.until_safe(fill)
     if plan == "keep":
         kept[work.count :] = 0
     if plan == "frozen" and head.shard is not None:
@@ -221,6 +227,7 @@ def linear_logprob_backward_op(
     entropy: torch.Tensor,
     kept: torch.Tensor,
     stats: torch.Tensor,
+    overflow: torch.Tensor,
     softcap: float | None,
     logit_scale: float,
     plan: str,
@@ -242,11 +249,12 @@ def linear_logprob_backward_op(
     work = _Work(targets, head, workspace_mb)
     work.step = max(work.count, 1) if at_once else work.step
     buffer = head.buffer(work.step) if plan == "recompute" else None
+    safe = plan == "recompute" and (looks_at_each_chunk(hidden.device) or bool(overflow))
     for rows, part in work:
         x, y = head.rows(hidden, rows), targets[rows]
         inv_t = None if inv_temperature is None else inv_temperature[rows].to(wide)
         if plan == "recompute":
-            c = head.chunk(x, y, inv_t, buffer, dentropy is not None)
+            c = head.chunk(x, y, inv_t, buffer, dentropy is not None, safe)
         else:
             total, shift, zy = stats[part].unbind(1)
             H = None if dentropy is None else entropy[rows]
@@ -271,8 +279,8 @@ def _(dlogp, dentropy, hidden, weight, targets, bias, *args):
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, targets, bias, inv_t, softcap, scale, _, plan, impl, workspace, group = inputs
-    logp, entropy, kept, stats, clamped = output
-    ctx.save_for_backward(hidden, weight, targets, bias, inv_t, logp, entropy, kept, stats)
+    kept, stats, clamped = output[2:]
+    ctx.save_for_backward(hidden, weight, targets, bias, inv_t, *output)
     ctx.scalars = (softcap, scale, plan, impl, workspace, group)
     ctx.mark_non_differentiable(kept, stats, clamped)
     # Without this, backward is handed a (N, V) tensor of zeros for the exponentials kept.
@@ -280,7 +288,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dlogp, dentropy, *_):
-    hidden, weight, targets, bias, inv_t, logp, entropy, kept, stats = ctx.saved_tensors
+    hidden, weight, targets, bias, inv_t, logp, entropy, kept, stats, overflow = ctx.saved_tensors
     need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if dlogp is None and dentropy is None:
         return (None,) * 12
@@ -297,6 +305,7 @@ def _backward(ctx, dlogp, dentropy, *_):
         entropy,
         kept,
         stats,
+        overflow,
         *ctx.scalars,
         need,
     )

@@ -22,7 +22,7 @@ import torch
 from fastgrpo.losses.tokens import Scales, Tokens
 from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops.grpo_loss import LossCall
-from fastgrpo.ops.linear.head import Chunk, Gradients, Head
+from fastgrpo.ops.linear.head import Chunk, Gradients, Head, looks_at_each_chunk
 from fastgrpo.ops.select import constant_when_compiled
 
 
@@ -145,8 +145,9 @@ def run(
     entropy = None if t.entropy is None else torch.zeros_like(t.logp)
     call = call._replace(tokens=t._replace(logp=torch.zeros_like(t.logp), entropy=entropy))
     loss = _Loss(call, "triton" if given.impl == "triton" and call.obj.loss.kernel else "reference")
-    # Looking for overflow costs a host synchronisation per chunk: on a GPU only on a second try.
-    for safe in (True,) if into is not None or not hidden.is_cuda else (False, True):
+    # dweight added to the caller's tensor cannot be taken back for a second pass.
+    once = into is not None or looks_at_each_chunk(hidden.device)
+    for safe in (True,) if once else (False, True):
         grads = Gradients(head, hidden, tuple(need), into, into_scale)
         clamped = _run_blocks(head, given, loss, grads, safe)
         if safe or not int(clamped):

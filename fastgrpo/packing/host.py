@@ -52,25 +52,29 @@ def first_equal(items: Sequence[Mapping[str, Tensor]]) -> list[int]:
     seen: dict[tuple, int] = {}
     candidates = [seen.setdefault(key, i) for i, key in enumerate(keys)]
     pairs = [(i, c) for i, c in enumerate(candidates) if i != c]
-    flags = host_copies([_equal(items[i], items[c]) for i, c in pairs])
     first = list(range(len(items)))
-    for (i, c), same in zip(pairs, flags, strict=True):
+    for (i, c), same in zip(pairs, _equal(items, pairs), strict=True):
         if same:
             first[i] = c
             continue
         # equal checksums of different contents: rare enough to be looked at one by one
         others = (j for j in range(c + 1, i) if keys[j] == keys[i] and first[j] == j)
-        first[i] = next((j for j in others if _equal(items[i], items[j])), i)
+        first[i] = next((j for j in others if _equal(items, [(i, j)])[0]), i)
     return first
 
 
-def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
-    """0-dim bool; the shapes are known to agree."""
-    flags = [(a[n] == b[n]).all() for n in a if not _same_memory(a[n], b[n])]
-    devices = {flag.device for flag in flags}
-    if len(devices) > 1:
-        flags = host_copies(flags)
-    return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool)
+def _equal(items: Sequence[Mapping[str, Tensor]], pairs: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether the two items of each pair, whose shapes agree, hold the same."""
+    flags = [
+        (nth, (x == items[j][name]).all())
+        for nth, (i, j) in enumerate(pairs)
+        for name, x in items[i].items()
+        if not _same_memory(x, items[j][name])
+    ]
+    equal = [True] * len(pairs)
+    for (nth, _), same in zip(flags, host_copies([flag for _, flag in flags]), strict=True):
+        equal[nth] &= bool(same)
+    return equal
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -81,3 +81,61 @@ def test_step_waits_as_often_for_64_rows_as_for_8(device):
     few, many = compared(step, model, device)
     assert few == many
     assert sum(few[0].values()) < 60 and sum(few[1].values()) < 30
+
+
+def padded(model, count, device):
+    """A TRL batch on the device: left-padded prompts, right-padded completions, images in order."""
+    groups = tm.synthetic_groups(
+        model, [([(4, 6)], 4 + p % 3, [3, 5, 1, 4]) for p in range(count // PER_PROMPT)]
+    )
+    prompts = [g.prompt_ids for g in groups for _ in g.completions]
+    completions = [c for g in groups for c in g.completions]
+    width, columns = max(map(len, prompts)), max(map(len, completions))
+    ids = torch.zeros(count, width + columns, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        place = slice(width - len(prompt), width + len(completion))
+        ids[row, place], mask[row, place] = torch.cat([prompt, completion]), 1
+    fields = {
+        name: torch.cat([g.vision[name] for g in groups for _ in g.completions])
+        for name in ("pixel_values", "image_grid_thw")
+    }
+    tables = {"advantages": torch.randn(count), "mask": mask[:, width:].float()}
+    tables["old_logp"] = -torch.rand(count, columns)
+    device.put(ids, mask, *fields.values(), *tables.values())
+    return ids, mask, columns, fields, tables
+
+
+def test_the_trainers_passes_wait_as_often_for_64_rows_as_for_8(device):
+    pytest.importorskip("trl")
+    from fastgrpo.integrations.trl import rows as trl_rows
+
+    model = model_on(device)
+    adapter, loss = fg.models.Adapter(model), engine_loss.RowLoss(fg.Objective("dapo"))
+    found = []
+    for count in (8, 64):
+        ids, mask, columns, fields, tables = padded(model, count, device)
+        device.syncs.clear(), device.uploads.clear()
+        with device.counting():
+            rows = trl_rows.read_rows(
+                ids, mask, columns, adapter.family, fields, num_images=[1] * count
+            )
+            members = trl_rows.scorable(rows)
+            with torch.no_grad():
+                scores = fg.score(
+                    model, trl_rows.as_groups(rows, members), backend="dense", self_check=False
+                )
+            old = trl_rows.scatter([s.logp[0] for s in scores], members, rows)
+            given = trl_rows.LossTables(tables["advantages"], tables["mask"], {"old_logp": old})
+            step = engine_loss.loss_of_groups(
+                loss,
+                adapter,
+                given.groups(rows, members),
+                num_tokens=given.num_tokens,
+                num_sequences=count,
+                backend="dense",
+            )
+            step.loss.backward()
+        assert len(members) == count and step.loss.isfinite()
+        found.append((dict(device.syncs), dict(device.uploads)))
+    assert found[0] == found[1]

@@ -30,7 +30,7 @@ def next_token_logits(
     multiplied: a softmax over them is a judge's restricted-vocabulary probability. Differentiable
     unless under `torch.no_grad`. Completions of the groups are ignored. Raises `InputError`.
     """
-    adapter, groups = Adapter(model), hosted(groups)
+    adapter = Adapter(model)
     logits: list[Tensor | None] = [None] * len(groups)
     for _, members, last in prompt_passes(adapter, groups, max_tokens, backend, token_ids):
         for i, value in zip(members, last, strict=True):
@@ -50,7 +50,7 @@ def prompt_passes(
 
     `observe(layout)` may put something in the layout's place that attends for it.
     """
-    chosen = adapter.prepare(backend)
+    chosen, groups = adapter.prepare(backend), hosted(groups)
     for group in groups:
         check_prompt(adapter, group)
     parts = [Part(group, [], []) for group in groups]

@@ -152,3 +152,21 @@ def test_a_reward_that_misses_its_column_is_a_fault(started, tmp_path, capsys):
     assert texts(findings, "rewards", "fault") == [
         "vlm_r1/iou reads column 'solution', which the data has not"
     ]
+
+
+def test_a_reward_that_fails_its_own_truth_is_a_fault(started, tmp_path, capsys):
+    def run(solution):
+        row = {"prompt": "find the 7", "image": str(started / "images" / "0.png")}
+        (tmp_path / "rows.json").write_text(json.dumps([row | {"solution": solution}]))
+        return check(
+            capsys,
+            *("--model_name_or_path", str(started / "model")),
+            *("--dataset_name", str(tmp_path / "rows.json")),
+            *("--reward_funcs", "vlm_r1/iou"),
+        )
+
+    code, findings = run([10, 20, 30, 40])
+    assert code == 0
+    assert any("pays an answer made from the solution" in t for t in texts(findings, "rewards"))
+    code, findings = run("no box at all")
+    assert not any("pays an answer" in text for text in texts(findings, "rewards"))

@@ -25,7 +25,9 @@ from fastgrpo.cli.processor import image_tokens, load_processor
 from fastgrpo.cli.settings import parse
 from fastgrpo.cli.train import reward_settings
 from fastgrpo.errors import InputError
+from fastgrpo.integrations.trl.frames import frame_columns, model_frame
 from fastgrpo.models.registry import family_of
+from fastgrpo.rewards.core.check import check_truth, has_truth, parts_of
 
 SAMPLED_ROWS, SHOWN_FAULTS = 32, 3
 GIB = 1 << 30
@@ -84,9 +86,13 @@ def check(arguments: list[str]) -> list[Finding]:
         say("batch", _batch(config))
         train = look("data", lambda: _load(config, processor))
         say("data", _data(train))
-        prompt_tokens, lines = look("prompts", lambda: _prompts(train, processor, config))
+        rows = _spread(train)
+        prompt_tokens, lines = look("prompts", lambda: _prompts(rows, processor))
         say("prompts", iter(lines))
-        say("rewards", look("rewards", lambda: list(_rewards(config, train))))
+        frame = model_frame(hf_config)
+        functions = look("rewards", lambda: reward_settings(config)["reward_funcs"])
+        say("rewards", _rewards(functions, train))
+        say("rewards", look("rewards", lambda: list(_truth(functions, rows, processor, frame))))
         memory = look("memory", lambda: estimate(config, model_config, hf_config, prompt_tokens))
         say("memory", _memory(memory))
         say("output", _output(config, memory))
@@ -135,10 +141,14 @@ def _data(train) -> Iterator[tuple[str, str]]:
         yield "note", f"{len(train.quarantined)} rows set aside in all"
 
 
-def _prompts(train, processor, config: FastGRPOConfig) -> tuple[int, list[tuple[str, str]]]:
-    """(the longest prompt met, what to say) from rows spread evenly over the data."""
+def _spread(train) -> list[dict]:
+    """Rows from all over the data, evenly."""
     step = max(1, len(train) // SAMPLED_ROWS)
-    rows = [train[index] for index in range(0, len(train), step)][:SAMPLED_ROWS]
+    return [train[index] for index in range(0, len(train), step)][:SAMPLED_ROWS]
+
+
+def _prompts(rows: list[dict], processor) -> tuple[int, list[tuple[str, str]]]:
+    """(the longest prompt met, what to say)."""
     lengths, sizes = [], []
     for row in rows:
         images, prompt = row.get("images") or [], row["prompt"]
@@ -164,15 +174,45 @@ def _span(values: list[int]) -> str:
     return f"{low}" if low == high else f"{low} to {high} (median {statistics.median(values):g})"
 
 
-def _rewards(config: FastGRPOConfig, train) -> Iterator[tuple[str, str]]:
+def _rewards(functions: list[Callable], train) -> Iterator[tuple[str, str]]:
     names = set(train.column_names) | {"images", "image_path"}
-    for function in reward_settings(config)["reward_funcs"]:
+    for function in functions:
         needed = [name for name in getattr(function, "columns", ()) if name not in names]
-        label = getattr(function, "name", None) or getattr(function, "__name__", repr(function))
         if needed:
-            yield "fault", f"{label} reads column {needed[0]!r}, which the data has not"
+            yield "fault", f"{_name(function)} reads column {needed[0]!r}, which the data has not"
+
+
+def _name(function: Callable) -> str:
+    return getattr(function, "name", None) or getattr(function, "__name__", repr(function))
+
+
+def _truth(
+    functions: list[Callable], rows: list[dict], processor, frame: str | None
+) -> Iterator[tuple[str, str]]:
+    """Each reward is asked what it pays an answer made from the solution, as before training."""
+    images = [row.get("images") or [] for row in rows]
+    flat = [image for own in images for image in own]
+    fields = processor.image_processor(images=flat, return_tensors="pt") if flat else {}
+    told = frame_columns(frame, processor, images, fields)
+    whole = [own | row for own, row in zip(told, rows, strict=True)]
+    columns = {key: [row.get(key) for row in whole] for key in whole[0]}
+    for part in (part for function in functions for part in parts_of(function)):
+        name = _name(part)
+        if not has_truth(part):
+            yield "ok", f"{name}: no answer can be made to ask it about"
+            continue
+        if any(column not in columns for column in part.columns):
+            continue  # said already
+        verdicts = check_truth(part, columns, range(len(rows)))
+        wrong = [verdict for verdict in verdicts if verdict.fault is not None]
+        stops = [verdict for verdict in wrong if verdict.value is not None]
+        if wrong:
+            first = (stops or wrong)[0]
+            at = rows[first.row]["data_row"]
+            state = "fault" if stops else "note"
+            yield state, f"{name}: {len(wrong)} of {len(rows)} rows: {first.fault} ({at})"
         else:
-            yield "ok", label
+            yield "ok", f"{name}: pays an answer made from the solution its top"
 
 
 def _batch(config: FastGRPOConfig) -> Iterator[tuple[str, str]]:

@@ -64,7 +64,9 @@ def parse(
     _check_names(values, names)
     for note in fit_to_machine(values):
         say(note)
-    parser.set_defaults(lora_dropout=0.0, bf16=_has_bf16())
+    parser.set_defaults(
+        lora_dropout=0.0, bf16=_has_bf16(), dataloader_pin_memory=torch.cuda.is_available()
+    )
     if "recipe" in values:
         parser.set_defaults(**recipes.load(str(values["recipe"])).config)
     try:

@@ -22,6 +22,7 @@ from fastgrpo.cli.processor import image_tokens, load_processor
 from fastgrpo.cli.settings import parse
 from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl import FastGRPOTrainer, FastOptions, record
+from fastgrpo.integrations.trl.progress import show_lines
 from fastgrpo.models.adapter import Adapter
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,14 @@ def main(arguments: list[str] | None = None) -> None:
     config, model_config = parse(arguments)
     trainer = build_trainer(config, model_config)
     record(trainer)
+    show_lines(trainer)
     with getattr(trainer.train_dataset, "feed", contextlib.nullcontext()):
         trainer.train(resume_from_checkpoint=_checkpoint(config))
     trainer.save_model(config.output_dir)
     trainer.save_state()
-    trainer.accelerator.print(f"model: {Path(config.output_dir).resolve()}")
+    output = Path(config.output_dir)
+    trainer.accelerator.print(f"model: {output.resolve()}")
+    trainer.accelerator.print(f"curves and completions: fastgrpo report {output}")
     if config.push_to_hub:
         trainer.push_to_hub()
     if hasattr(trainer, "end"):  # transformers >= 5.18: finishes trackers and process groups

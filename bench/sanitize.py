@@ -60,10 +60,10 @@ def projection() -> None:
 
 
 def losses() -> None:
-    logp = (-torch.rand(67)).requires_grad_()
-    seq_ids = torch.arange(67) // 23
+    logp = (-torch.rand(4500)).requires_grad_()
+    seq_ids = (torch.arange(4500) >= 23).long() + (torch.arange(4500) >= 46)  # one in pieces
     advantages = torch.tensor([1.0, -1.0, 0.5])
-    for loss_type in ("grpo", "dapo", "cispo"):
+    for loss_type in ("grpo", "dapo", "cispo", "gmpo"):
         obj = fg.Objective(loss_type=loss_type, beta=0.04)
         old, ref = (logp.detach() + 0.1 for _ in range(2))
         fg.grpo_loss(

@@ -201,6 +201,53 @@ def test_linear_grpo_loss_first_ratio_is_exactly_one():
     assert float(out.metrics["ratio/min"]) == 1.0 == float(out.metrics["ratio/max"])
 
 
+def test_linear_grpo_loss_kept_equals_chunks_and_repeats_bitwise():
+    hidden, weight, targets = head(3000, 256, 32768)
+    rest = {"seq_ids": torch.arange(3000, device=DEVICE) // 100, "impl": "triton"}
+    advantages = torch.randn(30, device=DEVICE)
+    found = {}
+    for plan, workspace in (("keep", 1e4), ("one_pass", 150.0), ("keep", 1e4)):
+        x, w = (t.clone().requires_grad_() for t in (hidden, weight))
+        obj = fg.Objective("grpo", "sequence")
+        out = fg.linear_grpo_loss(x, w, targets, advantages, obj, workspace_mb=workspace, **rest)
+        result = (out.logp, *torch.autograd.grad(2.0 * out.loss, (x, w)))
+        assert out.plan == plan
+        for ours, first in zip(result, found.setdefault(plan, result), strict=True):
+            assert torch.equal(ours, first)
+    for kept, chunked in zip(found["keep"], found["one_pass"], strict=True):
+        assert relative_error(kept, chunked) <= 4e-3
+
+
+def test_group_advantages_unread_on_the_host():
+    rewards = torch.randn(12, device=DEVICE)
+    rewards[5] = torch.inf
+    sizes = torch.tensor([4, 4], device=DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = fg.group_advantages(rewards, 4)
+        wrong = fg.group_advantages(rewards, sizes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ours[4:8].isnan().all() and ours[:4].isfinite().all() and wrong.isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(300, 520, 32768), (4096, 2048, 151936)])
+def test_linear_exp_equals_the_streaming_pass(shape):
+    from fastgrpo_kernels.linear_exp import linear_exp
+
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("TMA needs Hopper")
+    hidden, weight, targets = head(*shape)
+    scale = torch.rand(len(hidden), device=DEVICE) + 0.5
+    exps = torch.empty(len(hidden), len(weight), device=DEVICE, dtype=torch.bfloat16)
+    S, c, zy = linear_exp(hidden, weight, targets, scale, exps)
+    logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    want = streaming_pass(logits, targets, inv_temperature=scale)
+    shift = (c - zy) * scale
+    logp = -shift - torch.log1p(S + torch.expm1(-shift))
+    assert float((logp + torch.log1p(want.sum_exp)).abs().max()) <= 2e-4
+
+
 @pytest.mark.parametrize("N", [1, MANY])
 def test_linear_grpo_loss_token_counts(N):
     hidden, weight, targets = head(N, 64, 1021)
@@ -253,9 +300,9 @@ def test_pairwise_box_iou_equals_the_cpu_bitwise():
 
 
 def test_scalars_and_lengths_do_not_recompile():
-    from fastgrpo_kernels.grpo_loss import _grpo_loss_kernel
+    from fastgrpo_kernels.grpo_kernel import grpo_loss_kernel
 
-    cache = _grpo_loss_kernel.device_caches[torch.cuda.current_device()][0]
+    cache = grpo_loss_kernel.device_caches[torch.cuda.current_device()][0]
     sizes = []
     for N, epsilon, beta in ((1, 0.2, 0.04), (64, 0.1, 0.2), (1000, 0.3, 1.0)):
         logp, advantages, rest = tokens([N, 16])

@@ -15,6 +15,9 @@ from fastgrpo.ops.linear.memory import chunk_rows, keeps
 from fastgrpo.ops.select import select
 from fastgrpo.reference import linear_kl as reference
 
+# Elements of a block whose dozen temporaries stay in the L2 cache.
+_BLOCK = 1 << 15
+
 
 def linear_kl(
     hidden_p: torch.Tensor,
@@ -40,8 +43,9 @@ def linear_kl(
 
     Returns (N,) float32 (float64 from float64 inputs), differentiable in all four inputs: two
     matmuls, and one for each gradient wanted. Where the gradients of the logits do not fit the
-    workspace, backward makes the logits again: two matmuls more, by which it is slower than plain
-    PyTorch where that has the memory for ten (N, V) tensors. A token impossible under
+    workspace, backward makes the logits again: two matmuls more. Plain PyTorch holds ten (N, V)
+    tensors; on a CPU with that much memory it is about as fast as this op with kept gradients, and
+    faster than it without: raise workspace_mb there. A token impossible under
     q but not under p makes its row +inf; a row with NaN or inf is NaN and touches no other.
     """
     weight_p, weight_q = whole_weight(weight_p), whole_weight(weight_q)
@@ -96,6 +100,8 @@ def _linear_kl(
     """(KL, its gradients by the logits of p and q: (N, V), or (0, V) where not kept)."""
     pair = _Pair(hidden_p, weight_p, hidden_q, weight_q, temperature, workspace_mb, impl)
     kl, *kept = _outputs(hidden_p, weight_p, impl, keep)
+    if not pair.half:  # made where they are kept
+        pair.kept = [dz if k else None for k, dz in zip(keep, kept, strict=True)]
     for rows, z_p, z_q in pair:
         if impl == "triton":
             kl[rows] = _kernels().kl_of_logits(z_p, z_q)
@@ -106,7 +112,7 @@ def _linear_kl(
             for part in pair.blocks(len(z_p)):
                 kl[rows][part] = of_block(z_p[part], z_q[part])
         for k, dz, z in zip(keep, kept, (z_p, z_q), strict=True):
-            if k:
+            if k and pair.half:
                 dz[rows] = z
     return kl, *kept
 
@@ -229,14 +235,25 @@ class _Pair:
         self.weight_p, self.weight_q = weight_p.to(dtype), weight_q.to(dtype)
         N, V = len(hidden_p), len(weight_p)
         self.step = chunk_rows(2 * V, N, self.dtype.itemsize, workspace_mb, hidden_p.device)
-        self.z_p, self.z_q = (hidden_p.new_empty(self.step, V, dtype=self.dtype) for _ in "pq")
-        self.block = max(1, (1 << 18) // V) if not cuda else self.step
+        self.kept: list[torch.Tensor | None] = [None, None]
+        self.block = max(1, _BLOCK // V) if not cuda else self.step
 
     def __iter__(self):
+        shape = self.step, len(self.weight_p)
+        buffers = [
+            self.hidden_p.new_empty(shape, dtype=self.dtype) if x is None else x for x in self.kept
+        ]
         for start in range(0, len(self.hidden_p), self.step):
             rows = slice(start, min(start + self.step, len(self.hidden_p)))
-            z_p = self._logits(self.hidden_p[rows], self.weight_p, self.z_p)
-            yield rows, z_p, self._logits(self.hidden_q[rows], self.weight_q, self.z_q)
+            here = slice(0, rows.stop - start)
+            z_p, z_q = (
+                b[here if x is None else rows] for b, x in zip(buffers, self.kept, strict=True)
+            )
+            yield (
+                rows,
+                self._logits(self.hidden_p[rows], self.weight_p, z_p),
+                self._logits(self.hidden_q[rows], self.weight_q, z_q),
+            )
 
     def gradients(self, kl: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """The same with the KL's gradients by the logits in their place."""
@@ -254,8 +271,7 @@ class _Pair:
         ones = torch.ones_like(kl)
         return _kernels().logit_gradients_(z_p, z_q, kl, ones, self.weight_p.dtype)
 
-    def _logits(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        z = out[: len(x)]
+    def _logits(self, x: torch.Tensor, weight: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         self.mm(x.to(weight.dtype), weight.t(), z, beta=0.0)
         return z if self.temperature == 1.0 else z.mul_(1.0 / self.temperature)
 

@@ -1,5 +1,6 @@
 """Models as rewards: over HTTP, in this process, trained beside the policy, as likelihoods."""
 
+from fastgrpo.judges.bound import Bound
 from fastgrpo.judges.http import HTTPJudge, ResponseCache, score_between_0_and_1
 from fastgrpo.judges.likelihood import (
     ChoiceProbability,

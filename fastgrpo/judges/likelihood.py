@@ -14,8 +14,10 @@ from torch import Tensor
 from fastgrpo.engine import score
 from fastgrpo.engine.next_token import next_token_logits
 from fastgrpo.errors import InputError
+from fastgrpo.judges.bound import Chats, load_frozen
 from fastgrpo.packing import Group
 from fastgrpo.rewards.core.columns import row_columns, row_of
+from fastgrpo.rewards.read.chat import completion_text
 
 Context = Callable[[Any, Any, dict[str, Any]], Group]
 
@@ -87,6 +89,16 @@ class FollowUpLikelihood(_Likelihood):
         self.dimensions = dimensions
         self.range = (-float("inf"), float("inf"))
 
+    @classmethod
+    def from_trainer(
+        cls, trainer: Any, dimensions: Sequence[dict[str, Sequence[str]]], *,
+        model: str | None = None, **options: Any,
+    ) -> FollowUpLikelihood:  # fmt: skip
+        """Dimensions are {"positive": texts, "negative": texts}; the context is the row's chat."""
+        chats = Chats(trainer)
+        sides = [[list(map(chats.ids, d[k])) for k in ("positive", "negative")] for d in dimensions]
+        return cls(load_frozen(model, trainer), _said(chats), sides, **options)
+
     def __call__(self, prompts, completions, **columns) -> list[float]:
         """One contrast a completion."""
         follow_ups = [ids for good, bad in self.dimensions for ids in (*good, *bad)]
@@ -124,9 +136,29 @@ class ChoiceProbability(_Likelihood):
         self.token_ids = list(token_ids)
         self.range = (0.0, 1.0)
 
+    @classmethod
+    def from_trainer(
+        cls, trainer: Any, choices: Sequence[str], *, model: str | None = None,
+        reply: str = "{completion}", **options: Any,
+    ) -> ChoiceProbability:  # fmt: skip
+        """The choices are the first tokens of texts; the context is the row's chat and `reply`."""
+        chats = Chats(trainer)
+        first = [chats.ids(choice)[0].item() for choice in choices]
+        return cls(load_frozen(model, trainer), _said(chats, reply), first, **options)
+
     def __call__(self, prompts, completions, *, choice, **columns) -> list[float]:
         """One probability a completion."""
         contexts = self._contexts(prompts, completions, columns | {"choice": choice})
         table = choice_probability(self.model, contexts, self.token_ids, **self.options)
         right = torch.as_tensor(list(choice), device=table.device)
         return table.gather(1, right[:, None])[:, 0].tolist()
+
+
+def _said(chats: Chats, reply: str = "{completion}") -> Context:
+    """The row's chat with its images, and the completion in the words of `reply`."""
+
+    def context(prompt: Any, completion: Any, row: dict[str, Any]) -> Group:
+        said = reply.replace("{completion}", completion_text(completion))
+        return chats.row_group(prompt, row, said)
+
+    return context

@@ -5,6 +5,7 @@ B completions, D hidden size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.engine import score
 from fastgrpo.errors import InputError
-from fastgrpo.rewards.read.chat import chat_text
+from fastgrpo.judges.bound import Chats, load_frozen
+from fastgrpo.rewards.read.chat import chat_text, completion_text, text_only
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -72,13 +75,7 @@ class ModelReward:
     def from_classifier(cls, model: nn.Module, tokenizer, *, max_length: int = 4096, **options):
         """From a sequence classifier of transformers: the reward is ``logits[:, 0]``."""
 
-        def score(texts: list[str]) -> Tensor:
-            batch = tokenizer(
-                texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
-            ).to(model.device)
-            return model(**batch).logits[:, 0]
-
-        return cls(score, **options)
+        return cls(classifier_score(model, tokenizer, max_length=max_length), **options)
 
     def prefetch(self, prompts: Sequence, completions: Sequence, **columns: Any) -> None:
         """Start scoring a batch without waiting for it."""
@@ -171,6 +168,18 @@ class CoTrainedReward(_Learner):
         self.range = (0.0, 1.0)
         self.losses: list[float] = []
 
+    @classmethod
+    def from_trainer(
+        cls, trainer: Any, path: str, rule: Callable, *, learning_rate: float = 1e-6, **options: Any
+    ) -> CoTrainedReward:
+        """A sequence classifier of transformers on the trainer's device, learning by AdamW."""
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        model = AutoModelForSequenceClassification.from_pretrained(path)
+        model, tokenizer = model.to(trainer.accelerator.device), AutoTokenizer.from_pretrained(path)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+        return cls(classifier_score(model, tokenizer), rule, optimizer, **options)
+
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
         """Rewards of this batch; then the model learns from it."""
         both = zip(prompts, completions, strict=True)
@@ -224,6 +233,23 @@ class ImplicitProcessReward(_Learner):
         self.range = (-float("inf"), float("inf"))
         self.losses: list[float] = []
 
+    @classmethod
+    def from_trainer(
+        cls, trainer: Any, rule: Callable, *, learning_rate: float = 1e-6, **options: Any
+    ) -> ImplicitProcessReward:
+        """Phi and its frozen start are copies of the policy; turns are read without images."""
+        chats, policy = Chats(trainer), load_frozen(None, trainer)
+        model, reference = _copy(policy), _copy(policy).requires_grad_(False)
+
+        def logp(which: nn.Module, prompts: Sequence, completions: Sequence) -> list[Tensor]:
+            groups = [chats.group(text_only(prompt)) for prompt in prompts]
+            for group, completion in zip(groups, completions, strict=True):
+                group.completions = [chats.ids(completion_text(completion))]
+            return [scores.logp[0] for scores in score(which, groups)]
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+        return cls(model, reference, logp, rule, optimizer, **options)
+
     def __call__(self, prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
         """Step rewards of this batch; then phi learns from it."""
         with torch.no_grad():
@@ -263,3 +289,24 @@ def group_pairs(texts: list[str], values: list, group_size: int) -> list[tuple[s
         wrong = [texts[i] for i in rows if values[i] is not None and values[i] <= 0.5]
         pairs += [(r, w) for r in right for w in wrong]
     return pairs
+
+
+def classifier_score(model: nn.Module, tokenizer, **options: Any) -> Callable:
+    """``f(texts) -> (B,)``: ``logits[:, 0]`` of a sequence classifier of transformers."""
+
+    def scores(texts: list[str]) -> Tensor:
+        batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt", **options)
+        return model(**batch.to(model.device)).logits[:, 0]
+
+    return scores
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy that computes with its own weights.
+
+    TRL and accelerate replace ``forward`` on the instance by a function bound to the original; a
+    plain deep copy would call that one.
+    """
+    twin = copy.deepcopy(model)
+    twin.__dict__.pop("forward", None)
+    return twin

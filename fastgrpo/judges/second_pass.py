@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastgrpo.errors import InputError
+from fastgrpo.judges.bound import Chats, load_frozen
 from fastgrpo.packing import Group
 from fastgrpo.rewards.core.columns import row_columns, row_of
+from fastgrpo.rewards.read.chat import completion_text
+from fastgrpo.rewards.read.tags import between
 from fastgrpo.rollout import generate
 
 
@@ -42,10 +45,33 @@ class SecondPass:
         self.range = getattr(reward, "range", (-float("inf"), float("inf")))
         self.texts: list[str | None] = []
 
+    @classmethod
+    def from_trainer(
+        cls, trainer: Any, chat: Callable[[str, dict], str], reward: Callable, *,
+        extract: str | None = None, model: str | None = None, **options: Any,
+    ) -> SecondPass:  # fmt: skip
+        """The second prompt is `chat(content, row)`, one user turn in the trainer's template.
+
+        `content` is what stands in the tag `extract` of the completion (None: all of it). `model`
+        names a frozen model; without one the policy answers.
+        """
+        chats = Chats(trainer)
+
+        def prompt(completion: Any, row: dict[str, Any]) -> Group | None:
+            content = completion_text(completion)
+            if extract is not None:
+                content = between(content, f"<{extract}>", f"</{extract}>")
+            if not content:
+                return None
+            return chats.group([{"role": "user", "content": chat(content, row)}])
+
+        frozen = load_frozen(model, trainer)
+        return cls(prompt, reward, chats.text, model=frozen, **options)
+
     def bind(self, trainer: Any) -> None:
         """Use the trainer's policy unless a model was given."""
         if self.model is None:
-            self.model = trainer.accelerator.unwrap_model(trainer.model)
+            self.model = load_frozen(None, trainer)
 
     def __call__(
         self, prompts: Sequence, completions: Sequence, **columns: Any

@@ -12,7 +12,7 @@ A specification is a mapping with exactly one of these keys (`compose` may have 
                      majority_vote, cross_vote, trust, step_refined, judged (a judge's replies in
                      `column`); parts under `parts`, options beside
   second_pass, listener, follow_up, co_trained, implicit_process: {...}
-                     see `fastgrpo.recipes.model_rewards`
+                     the `from_trainer` of `fastgrpo.judges`' classes, which takes the fields
 
 and optionally `weight` (the recipe's) and `name`.
 """
@@ -21,14 +21,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from fastgrpo import rewards
 from fastgrpo.errors import InputError
-from fastgrpo.judges import HTTPJudge, ModelReward
-from fastgrpo.recipes import model_rewards
+from fastgrpo.judges import (
+    Bound,
+    ChoiceProbability,
+    CoTrainedReward,
+    FollowUpLikelihood,
+    HTTPJudge,
+    ImplicitProcessReward,
+    ModelReward,
+    SecondPass,
+)
 from fastgrpo.rewards.core import compose
 from fastgrpo.rewards.core.schedule import Schedule
 from fastgrpo.rewards.read.tags import answer
@@ -144,19 +153,28 @@ def _step_scorer(judge: HTTPJudge, split: str) -> Callable:
 
 
 def _bound(kind: str, settings: dict, group_size: int) -> Callable:
+    """A judge made when its trainer is there."""
+    name = settings.pop("name", kind)
+
     def part(key: str) -> Callable:
         return build_reward(settings.pop(key), group_size=group_size)
 
     if kind == "second_pass":
-        template, reward = settings.pop("prompt"), part("reward")
-        return model_rewards.SecondPassReward(template, reward, _fill, **settings)
+        template, inner = settings.pop("prompt"), part("reward")
+        settings |= {
+            "chat": lambda content, row: _fill(template, {**row, "content": content}),
+            "reward": inner,
+        }
+        return Bound(partial(SecondPass.from_trainer, **settings), name, inner.columns)
     if kind == "listener":
-        return model_rewards.ListenerReward(settings.pop("choices"), **settings)
+        return Bound(partial(ChoiceProbability.from_trainer, **settings), name, ["choice"])
     if kind == "follow_up":
-        return model_rewards.FollowUpReward(settings.pop("dimensions"), **settings)
-    if kind == "co_trained":
-        path = settings.pop("path", None) or os.environ.get("FASTGRPO_REWARD_MODEL")
-        if not path:
-            raise InputError("co_trained: give `path` or set FASTGRPO_REWARD_MODEL")
-        return model_rewards.CoTrained(path, part("rule"), group_size, **settings)
-    return model_rewards.ImplicitProcess(part("rule"), group_size, **settings)
+        return Bound(partial(FollowUpLikelihood.from_trainer, **settings), name)
+    settings |= {"rule": part("rule"), "group_size": group_size}
+    columns = settings["rule"].columns
+    if kind == "implicit_process":
+        return Bound(partial(ImplicitProcessReward.from_trainer, **settings), name, columns)
+    settings["path"] = settings.get("path") or os.environ.get("FASTGRPO_REWARD_MODEL")
+    if not settings["path"]:
+        raise InputError("co_trained: give `path` or set FASTGRPO_REWARD_MODEL")
+    return Bound(partial(CoTrainedReward.from_trainer, **settings), name, columns)

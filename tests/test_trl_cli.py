@@ -209,14 +209,16 @@ def test_explicit_sampling_settings_are_kept(job):
     assert config.generation_kwargs["typical_p"] == 0.9
 
 
-def test_the_vision_tower_can_be_frozen(job, monkeypatch):
+def test_the_vision_tower_can_be_frozen_and_the_loss_be_one_trl_lacks(job, monkeypatch):
     monkeypatch.chdir(job)
-    trainer = build_trainer(*settings(job, "--freeze_vision", "--max_steps", "1"))
+    options = "--freeze_vision --max_steps 1 --loss_type gmpo".split()
+    trainer = build_trainer(*settings(job, *options))
     before = [p.clone() for p in trainer.model.model.visual.parameters()]
     trainer.train()
     for p, old in zip(trainer.model.model.visual.parameters(), before, strict=True):
         assert torch.equal(p, old)
     assert trainer.state.log_history[0]["grad_norm"] > 0
+    assert {"clip_ratio/low_mean", "entropy"} <= set(trainer.state.log_history[0])
 
 
 def test_lora_from_the_command_line(job, monkeypatch):

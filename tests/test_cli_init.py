@@ -62,7 +62,7 @@ def test_check_counts_by_hand(started, capsys):
     (tokens, images) = texts(findings, "prompts")
     length = int(tokens.split()[0])
     assert length == 2 * 2 + 1 + 2 + 16 + 3
-    assert images == f"images of {112 * 112} pixels"
+    assert images == f"images of {112 * 112} pixels, seen as {112 * 112}"
     (memory,) = texts(findings, "memory")
     assert "of " in memory and "weights" in memory
 
@@ -170,3 +170,20 @@ def test_a_reward_that_fails_its_own_truth_is_a_fault(started, tmp_path, capsys)
     assert any("pays an answer made from the solution" in t for t in texts(findings, "rewards"))
     code, findings = run("no box at all")
     assert not any("pays an answer" in text for text in texts(findings, "rewards"))
+
+
+def test_a_long_image_that_the_processor_leaves_above_the_limit_is_named(started, tmp_path, capsys):
+    from PIL import Image
+
+    # 20 x 1 cells of 28 pixels, at most 4 allowed: the processor keeps one row of floor(8.9) cells.
+    Image.new("RGB", (560, 28)).save(tmp_path / "long.png")
+    row = {"prompt": "find the 7", "image": "long.png", "solution": [1, 2, 3, 4]}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    code, findings = check(
+        capsys,
+        *("--model_name_or_path", str(started / "model"), "--max_pixels", str(4 * 28 * 28)),
+        *("--dataset_name", str(tmp_path / "rows.json"), "--reward_funcs", "vlm_r1/iou"),
+    )
+    assert code == 0
+    assert f"images of {560 * 28} pixels, seen as {8 * 28 * 28}" in texts(findings, "prompts")
+    assert texts(findings, "prompts", "note") == ["1 of 1 long images exceed 3136 pixels there"]

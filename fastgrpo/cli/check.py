@@ -25,7 +25,7 @@ from fastgrpo.cli.processor import image_tokens, load_processor
 from fastgrpo.cli.settings import parse
 from fastgrpo.cli.train import reward_settings
 from fastgrpo.errors import InputError
-from fastgrpo.integrations.trl.frames import frame_columns, model_frame
+from fastgrpo.integrations.trl.frames import frame_columns, model_frame, seen_sizes
 from fastgrpo.models.registry import family_of
 from fastgrpo.rewards.core.check import check_truth, has_truth, parts_of
 
@@ -149,7 +149,7 @@ def _spread(train) -> list[dict]:
 
 def _prompts(rows: list[dict], processor) -> tuple[int, list[tuple[str, str]]]:
     """(the longest prompt met, what to say)."""
-    lengths, sizes = [], []
+    lengths = []
     for row in rows:
         images, prompt = row.get("images") or [], row["prompt"]
         if not isinstance(prompt, str):
@@ -157,16 +157,31 @@ def _prompts(rows: list[dict], processor) -> tuple[int, list[tuple[str, str]]]:
                 prompt, add_generation_prompt=True, tokenize=False
             )
         given = {"images": images} if images else {}
-        ids = processor(text=[prompt], **given)["input_ids"]
-        lengths.append(len(ids[0]))
-        sizes += [image.size for image in images]
+        lengths.append(len(processor(text=[prompt], **given)["input_ids"][0]))
     lines = [("ok", f"{_span(lengths)} tokens a prompt, of {len(rows)} rows looked at")]
-    if sizes:
-        lines.append(("ok", f"images of {_span([w * h for w, h in sizes])} pixels"))
+    lines += _images([image for row in rows for image in row.get("images") or []], processor)
     broken = [row["quarantine_reason"] for row in rows if row.get("quarantine_reason")]
     if broken:
         lines.append(("note", f"{len(broken)} of these rows hold an image that breaks"))
     return max(lengths), lines
+
+
+def _images(images: list, processor) -> list[tuple[str, str]]:
+    """Sizes before and after the processor, and those beyond its own limit."""
+    if not images:
+        return []
+    fields = processor.image_processor(images=images, return_tensors="pt")
+    seen = [size for size in seen_sizes(processor, fields, len(images)) if size is not None]
+    pixels = [width * height for width, height in seen]
+    text = f"images of {_span([image.width * image.height for image in images])} pixels"
+    if not pixels:
+        return [("ok", text)]
+    lines = [("ok", f"{text}, seen as {_span(pixels)}")]
+    limit = dict(processor.image_processor.size).get("longest_edge")
+    over = sum(count > limit for count in pixels) if limit is not None else 0
+    if over:
+        lines.append(("note", f"{over} of {len(pixels)} long images exceed {limit} pixels there"))
+    return lines
 
 
 def _span(values: list[int]) -> str:

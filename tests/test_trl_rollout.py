@@ -6,6 +6,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin
+from trl import GRPOTrainer
 
 from fastgrpo import InputError
 from fastgrpo.integrations.trl import FastGRPOTrainer
@@ -196,6 +197,13 @@ def test_packed_rollout_true_refuses_and_false_is_off(checkpoint, tmp_path, monk
     with pytest.raises(InputError, match="packed_rollout=True: guidance_scale=1.5"):
         rollout(True, guidance_scale=1.5)
     assert rollout(True) != [[77], [77]]
+
+
+def test_a_trainer_made_without_its_constructor_dispatches_as_trl(monkeypatch):
+    """TRL's own tests build one with `object.__new__` and ask what its rollout function gives."""
+    monkeypatch.setattr(GRPOTrainer, "_generate", lambda self, prompts: (prompts, "rolled out"))
+    trainer = object.__new__(FastGRPOTrainer)
+    assert trainer._generate(["prompt"]) == (["prompt"], "rolled out")
 
 
 def test_a_class_with_a_generate_of_its_own_keeps_it(checkpoint, tmp_path, monkeypatch):

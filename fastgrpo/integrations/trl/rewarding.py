@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,9 +31,11 @@ class RewardMixin:
     `state_dict` returns travels in the trainer's checkpoints.
     """
 
+    _unguarded: Sequence[Callable] = ()
+
     def _install_rewards(self, rule: AdvantageRule | None) -> None:
         self.rule = rule
-        self._unguarded: list[Callable] = list(self.reward_funcs)
+        self._unguarded = list(self.reward_funcs)
         self._rewards: Tensor | None = None
         self._grids: list | None = None
         self._frames: list[dict] | None = None

@@ -7,7 +7,7 @@ CONSTRAINTS := requirements/constraints.txt
 OLDEST := 5.17.0
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo test test-matrix test-slow test-gpu gpu sanitize bench recipes lint clean
+.PHONY: env demo test test-matrix test-slow test-gpu gpu sanitize bench families recipes lint clean
 
 env: $(VENV)/.ready
 
@@ -69,6 +69,13 @@ sanitize: env
 
 bench: env
 	$(BIN)/fastgrpo bench --save
+
+# What each family's tests showed, on the oldest transformers and on today's.
+FAMILY_TESTS := -m pytest -q -m "not gpu" tests/test_families.py
+families: env .venv-$(OLDEST)/.ready
+	.venv-$(OLDEST)/bin/python $(FAMILY_TESTS) --junitxml=build/families/$(OLDEST).xml
+	$(BIN)/python $(FAMILY_TESTS) --junitxml=build/families/$$($(BIN)/python -c "import transformers; print(transformers.__version__)").xml
+	$(BIN)/python -m fastgrpo.models build/families/*.xml > docs/families.md
 
 recipes: env
 	$(BIN)/python -m fastgrpo.recipes > docs/recipes.md

@@ -181,3 +181,23 @@ def test_images_that_see_both_ways_need_it(monkeypatch):
         fg.score(model, groups, backend="torch_varlen")
     monkeypatch.setattr(type(models.families()["gemma3"]), "blocks", lambda *args: [])
     assert min(errors(model, groups, want)) > 1e-3
+
+
+def test_the_table_says_what_the_results_say(tmp_path):
+    from fastgrpo.models.__main__ import table
+
+    cases = (
+        '<testcase name="test_packed_equals_one_by_one[llama]"/>'
+        '<testcase name="test_packed_equals_one_by_one[qwen3]"><failure/></testcase>'
+        '<testcase name="test_a_completion_changes_no_other[llama]"><skipped/></testcase>'
+    )
+    for version in ("5.17.0", "5.24.0"):
+        (tmp_path / f"{version}.xml").write_text(f"<testsuite>{cases}</testsuite>")
+    rows = {
+        row.split(" | ")[0].strip("| "): row
+        for row in table(sorted(tmp_path.glob("*.xml"))).splitlines()
+    }
+    assert rows["llama"].count("yes (5.17.0, 5.24.0)") == 1
+    assert rows["llama"].count("not run (5.17.0, 5.24.0)") == 2
+    assert "fails (5.17.0, 5.24.0)" in rows["qwen3"]
+    assert set(tm.FAMILIES) <= set(rows)

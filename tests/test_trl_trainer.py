@@ -143,7 +143,7 @@ def test_a_group_stays_in_one_micro_batch_and_is_encoded_once(checkpoint, tmp_pa
     assert [len(group) for group in prompts] == [1] * 8
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "llama"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "qwen3_5", "llama"])
 def test_other_families(tmp_path, family):
     other = save_checkpoint(tmp_path / family, family)
     rows = MIXED

@@ -5,6 +5,7 @@ Letters: P prompt tokens, A axes of the positions.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,15 @@ class Coordinates:
     frame: str
     source: str
     order: str = "xyxy"
+
+
+def filled(kind: type, **values):
+    """An output of the model's own class; what is no field of it (in 5.17) is set as models do."""
+    fields = {field.name for field in dataclasses.fields(kind)}
+    output = kind(**{name: value for name, value in values.items() if name in fields})
+    for name in values.keys() - fields:
+        setattr(output, name, values[name])
+    return output
 
 
 class Family:
@@ -155,8 +165,8 @@ class Family:
         """What `get_image_features` returned for `images`, image by image, and the way back: a
         function from any images' features to an output of the model's own class."""
         kind = type(output)
-        return [[feature] for feature in output.pooler_output], lambda features: kind(
-            pooler_output=tuple(feature for (feature,) in features)
+        return [[feature] for feature in output.pooler_output], lambda features: filled(
+            kind, pooler_output=tuple(feature for (feature,) in features)
         )
 
     def mixers(self, core: nn.Module) -> list[nn.Module]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastgrpo.errors import InputError
-from fastgrpo.models.family import Family, Features, Join, Vision
+from fastgrpo.models.family import Family, Features, Join, Vision, filled
 from fastgrpo.models.tiles import Tiles
 
 
@@ -68,7 +68,7 @@ class SmolVLM(Tiles):
         pooled = torch.cat(list(output.pooler_output))  # (tiles * tokens, D)
 
         def join(features: Sequence[Features]):
-            return kind(pooler_output=[feature for (feature,) in features])
+            return filled(kind, pooler_output=[feature for (feature,) in features])
 
         return [[tile] for tile in pooled.tensor_split(len(images))], join
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.errors import InputError
-from fastgrpo.models.family import Family, Features, Join, Vision
+from fastgrpo.models.family import Family, Features, Join, Vision, filled
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
@@ -74,7 +74,7 @@ class Tiles(Family):
 
         def join(features: Sequence[Features]):
             parts = [feature for (feature,) in features]
-            return kind(pooler_output=torch.stack(parts) if stacked else parts)
+            return filled(kind, pooler_output=torch.stack(parts) if stacked else parts)
 
         return [[feature] for feature in pooled], join
 

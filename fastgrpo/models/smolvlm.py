@@ -64,8 +64,9 @@ class SmolVLM(Tiles):
         return core.model.vision_model
 
     def split_features(self, output, images: Sequence[Vision]) -> tuple[list[Features], Join]:
-        kind = type(output)
-        pooled = torch.cat(list(output.pooler_output))  # (tiles * tokens, D)
+        if isinstance(output.pooler_output, torch.Tensor):  # 5.17: (tiles, tokens, D)
+            return super().split_features(output, images)
+        kind, pooled = type(output), torch.cat(output.pooler_output)  # (tiles * tokens, D)
 
         def join(features: Sequence[Features]):
             return filled(kind, pooler_output=[feature for (feature,) in features])

@@ -97,6 +97,7 @@ def rows(recipe, count=2):
             "prompt": [{"role": "user", "content": "find the 7"}],
             "image": Image.fromarray(rng.randint(0, 256, (400, 400, 3), dtype=np.uint8)),
             "problem": "find the 7",
+            "answer_frame": "image",  # the examples answer in the pixels of their solutions
             **recipe.example["columns"],
         }
         row |= {k: v[i % len(v)] for k, v in paired.get(recipe.name, ())}

@@ -14,13 +14,18 @@ from fastgrpo.testing import models as tm
 
 
 def test_a_rank_without_images_runs_an_idle_tower(monkeypatch):
-    """What ranks do, in one process: same log-probs, the tower runs and gets zero gradients."""
+    """What ranks do, in one process: same log-probs, and every parameter that images of another
+    rank reach gets a zero gradient. Layers that no image reaches (LLaVA's after the one it reads,
+    Gemma 3's pooling head) have none on any rank."""
     for family in tm.VLM_FAMILIES:
         model = tm.tiny_model(family)
         groups = tm.synthetic_groups(model, [((), 5, (3, 2))])
         weights = tm.random_weights(groups)
         tm.weighted_sum(tm.naive_logp(model, groups), weights).backward()
         want = tm.take_grads(model)
+        pictured = tm.synthetic_groups(model, [([(4, 6)], 5, (3, 2))])
+        tm.weighted_sum(tm.naive_logp(model, pictured), weights).backward()
+        reached = {n for n, g in tm.take_grads(model).items() if g is not None}
         with monkeypatch.context() as patch:
             patch.setattr("fastgrpo.engine.forward.distributed", lambda: True)
             module = importlib.import_module("fastgrpo.engine.score")
@@ -30,8 +35,10 @@ def test_a_rank_without_images_runs_an_idle_tower(monkeypatch):
         tm.weighted_sum(got, weights).backward()
         grads = tm.take_grads(model)
         inside = {id(p) for p in families()[family].tower(model).parameters()}
-        tower = [grads[n] for n, p in model.named_parameters() if id(p) in inside]
-        assert tower and all(g is not None and not g.any() for g in tower)
+        tower = {n for n, p in model.named_parameters() if id(p) in inside}
+        assert tower & reached
+        assert not [n for n in reached if grads[n] is None], family
+        assert not [n for n in tower & reached if grads[n].any()], family
         assert tm.grad_error(grads, want)[0] <= 2e-5
 
 

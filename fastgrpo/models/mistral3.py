@@ -50,9 +50,10 @@ class Mistral3(Tiles):
         return {"pixel_values": torch.cat(pixels), "image_sizes": sizes}
 
     def blank_image(self, config, size: tuple[int, int] | None = None) -> Vision:
-        """`size`: rows and columns of patches."""
+        """`size`: rows and columns of patches. The smallest has two tokens: transformers squeezes
+        the features of a batch with one, (1, D) to (D,), and then fails to split them."""
         merge, patch = config.spatial_merge_size, config.vision_config.patch_size
-        height, width = size or (merge, merge)
+        height, width = size or (merge, 2 * merge)
         pixels = torch.zeros(1, config.vision_config.num_channels, height * patch, width * patch)
         return {
             "pixel_values": pixels,

@@ -241,6 +241,24 @@ def test_reference_model_and_disabled_adapters():
     assert metrics["kl"] > 0
 
 
+def test_an_adapted_projector_after_a_frozen_tower_learns():
+    """The reference pass leaves no features of the disabled adapter for the policy pass."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    base = tm.tiny_model("llava")
+    groups = tm.synthetic_groups(base)
+    with torch.no_grad():
+        ref_logp = tm.naive_logp(base, groups)
+    config = peft.LoraConfig(r=4, target_modules=["linear_1"], init_lora_weights=False)
+    policy = peft.get_peft_model(base, config)
+    step = fg.GRPOStep(policy, fg.Objective(loss_type="grpo", beta=0.2))
+    metrics, grads = step(groups), tm.take_grads(policy)
+    given = [dataclasses.replace(g, ref_logp=r) for g, r in zip(groups, ref_logp, strict=True)]
+    assert metrics == pytest.approx(step(given), rel=1e-4, abs=1e-6)
+    assert tm.grad_error(grads, tm.take_grads(policy))[0] <= 2e-4
+    assert all(g.any() for name, g in grads.items() if "lora_" in name)
+
+
 def test_split_group_runs_a_trainable_tower_once():
     model = tm.tiny_model("qwen3_vl", torch.float64)
     groups = tm.synthetic_groups(model, [(((8, 8),), 3, (6, 5, 4, 7, 3))])

@@ -153,7 +153,7 @@ class GRPOStep:
     def _shares_tower(self, groups) -> bool:
         """Whether the reference pass sees the same image features as the policy pass."""
         needs = self.obj.beta != 0.0 and groups[0].ref_logp is None
-        return needs and self.reference is None and self.adapter.tower_is_constant()
+        return needs and self.reference is None and self.adapter.features_are_constant()
 
     def _pack(self, adapter, groups, backend, skip) -> list[PackedRow]:
         rows = pack(

@@ -57,12 +57,18 @@ class Adapter:
         """(A, P) positions of one prompt, A = 3 for an M-RoPE family, else 1."""
         return self.family.positions(self.core, prompt_ids, vision)
 
-    def tower_is_constant(self) -> bool:
-        """Whether the vision tower is frozen and has no adapter, so features can be kept."""
-        tower = self.family.tower(self.core)
-        return tower is not None and not any(
+    def features_are_constant(self) -> bool:
+        """Whether nothing before the decoder is trained or adapted, so image features can be kept.
+
+        The projector counts: LLaVA's stands beside the tower, and may learn while that is frozen.
+        """
+        if not self.family.vision_inputs:
+            return False
+        after = {id(p) for part in (self.core.get_decoder(), self.head) for p in part.parameters()}
+        return not any(
             p.requires_grad or "lora_" in name or "modules_to_save" in name
-            for name, p in tower.named_parameters()
+            for name, p in self.core.named_parameters()
+            if id(p) not in after
         )
 
     def _compute_dtype(self) -> torch.dtype:

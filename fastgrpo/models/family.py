@@ -158,7 +158,7 @@ class Family:
         return core.model
 
     def tower(self, core: nn.Module) -> nn.Module | None:
-        """The vision tower with everything up to the decoder's width; None for a text model."""
+        """The vision tower, of some families with the projector; None for a text model."""
         return None
 
     def split_features(self, output, images: Sequence[Vision]) -> tuple[list[Features], Join]:

@@ -54,7 +54,7 @@ def oracle(obj, b, logp):
     entropies = b["entropy"][kept]
     floor = -math.inf
     if obj.top_entropy_quantile < 1:
-        floor = torch.quantile(entropies, 1 - obj.top_entropy_quantile)
+        floor = torch.quantile(entropies.float(), 1 - obj.top_entropy_quantile)
     total = 0.0
     for i, row in enumerate(rows):
         if not row:

@@ -360,7 +360,10 @@ def test_more_than_two_to_the_31_elements(op):
     with FakeTensorMode():
         h, w = torch.empty(n, 4, requires_grad=True), torch.empty(v, 4, requires_grad=True)
         if op == "linear_kl":
-            assert torch.ops.fastgrpo.linear_kl(h, w, h, w, 1.0, None, "torch").shape == (n,)
+            args = (h, w, h, w, 1.0, None, "torch", [True, False])
+            kl, kept, dropped = torch.ops.fastgrpo.linear_kl(*args)
+            assert kl.shape == (n,) and dropped.shape == (0, v)
+            assert kept.numel() == n * v > 2**31
             return
         y = torch.zeros(n, dtype=torch.int64)
         args = (h, w, y, None, None, None, 1.0, False, "keep", "torch", None, "")

@@ -62,8 +62,7 @@ class Row:
     def _high_entropy(self, entropy: torch.Tensor | None) -> torch.Tensor | None:
         if self.obj.top_entropy_quantile >= 1.0:
             return None
-        values = entropy.detach()[self.mask]
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        values = entropy.detach()[self.mask].float()  # TRL's threshold is float32
         if values.numel() == 0:
             return self.mask
         threshold = torch.quantile(values, 1.0 - self.obj.top_entropy_quantile)

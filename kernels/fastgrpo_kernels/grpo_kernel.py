@@ -303,7 +303,7 @@ def grpo_loss_kernel(
         if ROLLOUT_LEVEL == "sequence" or ROLLOUT_LEVEL == "geometric":
             w = shared.w
         first = piece.index == 0
-        _store_sums(table + tl.program_id(0), slots, sums, w, first, METRICS)
+        _store_sums(table + tl.program_id(0).to(tl.int64), slots, sums, w, first, METRICS)
         if last_to_arrive(work_ptr + HEAD + piece.row, piece.count):
             v = join_pieces(table, slots, piece, rows, TILE, PIECES=16)
             c = tl.arange(0, 32)

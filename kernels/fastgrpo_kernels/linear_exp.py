@@ -77,9 +77,10 @@ def _linear_exp_kernel(
 ):
     tiles_m, tiles_n = tl.cdiv(C, ROWS), tl.cdiv(V, COLUMNS)
     HALF: tl.constexpr = COLUMNS // 2
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+    first, tiles = tl.program_id(0).to(tl.int64), tiles_m.to(tl.int64) * tiles_n
+    for tile in tl.range(first, tiles, PROGRAMS, flatten=True):
         m, n = _tile(tile, tiles_m, tiles_n, GROUP)
-        row, column = m * ROWS, n * COLUMNS
+        row, column = (m * ROWS).to(tl.int32), (n * COLUMNS).to(tl.int32)  # as TMA takes them
         z = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, D, DEPTH):
             z = tl.dot(x_desc.load([row, k]), w_desc.load([column, k]).T, z)
@@ -90,7 +91,7 @@ def _linear_exp_kernel(
         scale = tl.load(scale_ptr + rows, mask=live, other=0.0) * LOG2_E
         # Two halves: the exponentials of one are stored while the registers hold the other's sums.
         left, right = tl.split(tl.permute(tl.reshape(z, (ROWS, 2, HALF)), (0, 2, 1)))
-        part = part_ptr + 2 * n.to(tl.int64) * C + rows
+        part = part_ptr + 2 * n * C + rows
         _store_half(e_desc, row, column, left, part, target_logit_ptr + rows, y, c, scale, live, V)
         column += HALF
         _store_half(
@@ -111,7 +112,7 @@ def _finish_kernel(
     TILES: tl.constexpr,
 ):
     """S of each row, and E_y := -S."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < C
     sums = tl.zeros((TILES, ROWS), tl.float32)
     for first in range(0, tiles, TILES):
@@ -120,7 +121,7 @@ def _finish_kernel(
     s = tl.sum(sums, 0)
     tl.store(sum_exp_ptr + rows, s, mask=live)
     y = tl.load(y_ptr + rows, mask=live, other=0)
-    at = exps_ptr + rows.to(tl.int64) * row_stride + y
+    at = exps_ptr + rows * row_stride + y
     tl.store(at, (-s).to(exps_ptr.dtype.element_ty), mask=live)
 
 

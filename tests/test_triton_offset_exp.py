@@ -169,5 +169,7 @@ def test_offset_exp_vocabulary_shards_add_up():
 
 def test_offset_exp_is_a_registered_op():
     logits, targets = case(2, 17)
-    args = (logits, targets, torch.ones(2), None, None, 1.0, 20.0, True, True)
-    torch.library.opcheck(torch.ops.fastgrpo.offset_exp_triton.default, args)
+    head = (targets, torch.ones(2), None, None, 1.0, 20.0, True)
+    for overlay, out in ((True, None), (False, torch.empty(2, 17, dtype=torch.bfloat16))):
+        args = (logits.clone(), *head, overlay, out)
+        torch.library.opcheck(torch.ops.fastgrpo.offset_exp_triton.default, args)

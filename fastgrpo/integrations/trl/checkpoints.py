@@ -22,7 +22,6 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl.trainer.utils import RepeatSampler
 
 from fastgrpo.checkpoints.manifest import publish, sync_folder, write_manifest
-from fastgrpo.engine.parallel import load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +158,7 @@ class CheckpointMixin:
         reference = Path(checkpoint, REFERENCE)
         if self.args.sync_ref_model and self.ref_model is not None:
             if reference.is_file():
-                load_whole(self.ref_model, load_file(reference))
+                self.ref_model.load_state_dict(load_file(reference))
             else:
                 logger.warning(
                     "%s has no reference model: KL starts from the first one", checkpoint

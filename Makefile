@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Two commands for users: `make demo` and `make test`. Both create the environment when it is missing.
 PYTHON ?= python3
 VENV   ?= .venv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Package metadata is in pyproject.toml; this file builds the compiled kernels, which are optional.
 
 `fastgrpo_kernels._C` holds the C++ kernels (CPU), `libfastgrpo_cuda.so` the CUDA kernels. Both are

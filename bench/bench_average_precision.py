@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """average_precision of many completions, one image each; pycocotools as a reward calls it."""
 
 import argparse

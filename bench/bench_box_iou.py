@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """pairwise_box_iou: own kernels, plain PyTorch, torchvision where it imports.
 
 Bytes: every box read once, every value written once. Batches of B samples with n x m boxes.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The main job end to end, several seeds: held-out IoU before and after GRPO, and seconds.
 
     python bench/bench_demo.py --out runs/bench_demo --seeds 0 1 2 --save

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """gather_rows forward and backward: own kernels, the torch path, PyTorch's indexing.
 
 Letters: N rows, M index entries, D columns. Bytes: forward reads and writes M D, backward reads

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """group_advantages: B rewards in groups of G. Bytes: rewards read once, advantages written once."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """grpo_loss on given log-probs, forward and backward. N tokens in B sequences of L.
 
 Bytes: log-probs, old, reference, ids, mask and advantages read once, the gradient written once.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_grpo_loss forward and backward: ours, its peers, and the bare matmuls as the floor.
 
 Letters: N tokens, D hidden size, V vocabulary. 6NDV floating-point operations are counted for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_kl: full-vocabulary KL of two hidden streams, forward and backward.
 
 Letters: N tokens, D hidden size, V vocabulary. Six matmuls are counted: two forward,

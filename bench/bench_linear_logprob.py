@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_logprob: per-token log-probs with a loss outside, forward and backward, by plan.
 
 Letters: N tokens, D hidden size, V vocabulary. Three matmuls are counted (two with a frozen head,

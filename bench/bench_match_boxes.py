@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """match_boxes: batches of square problems with random scores; scipy and lapx as peers.
 
 The peers are called as a reward would call them: scipy once per problem, lapx with the batch.

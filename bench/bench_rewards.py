@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards: microseconds per completion beside the published algorithms, and cost against length.
 
 The peers are the published algorithms written anew with the libraries they use: one completion at a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What this machine can do: matrix product and copy, the roofs that other figures are held against.
 
 python bench/bench_roofs.py [--device cuda] [--save]

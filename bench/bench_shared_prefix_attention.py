@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared-prefix attention, forward and backward: own kernel, gathered keys, flex, dense.
 
 Letters: P prompt tokens, G completions, C tokens each, T = P + G C, H query heads, K key heads,

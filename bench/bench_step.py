@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forward and backward of the policy log-probs of one VLM group: fastgrpo against TRL's own method.
 
 A Qwen2.5-VL built from a config, one prompt with one image, G completions. Both compute the same

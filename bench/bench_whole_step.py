@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole optimizer steps of TRL's GRPOTrainer against the drop-in as shipped, split by phase.
 
 A Qwen2.5-VL built from a config (a Qwen2 for the shape of text alone), P prompts, G completions of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share: interleaved medians, the result file, tables, work by formula.
 
 A benchmark is a file `bench_<op>.py` with `rows(args) -> list[Row]`; `main` times nothing itself.

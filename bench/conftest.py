@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`pytest bench/bench_<op>.py` runs the pytest-benchmark entry points: let them import `common`."""
 
 import sys

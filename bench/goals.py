@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each goal on a GPU came to, as a Markdown table.
 
     python bench/goals.py [FOLDER] [--write docs/gpu.md]

@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
 # The first minutes on a GPU: correctness, then the figures that choose the design, then a table.
 #
 #   bench/gpu.sh prepare                              where there is a network, before the GPU is there

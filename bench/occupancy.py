@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which tiles the attention kernels should take on sm_90, by compiling and counting.
 
     python bench/occupancy.py [--read] [--measure] [--save]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Roofline and accuracy plots of a result file, as PNG beside it.
 
 python bench/plots.py bench/results/<hardware>_<date>.json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kernel once, forward and backward, on shapes small enough for compute-sanitizer.
 
 `python bench/sanitize.py [--device cpu]` runs them; `bench/sanitize.sh` runs them on a GPU under

@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Run every kernel under compute-sanitizer: out-of-bounds and misaligned accesses (memcheck), races
 # in shared memory (racecheck). Needs a GPU and the CUDA toolkit. Usage: bench/sanitize.sh [case...]
 # racecheck is known to report false hazards for bulk asynchronous copies; read its reports.

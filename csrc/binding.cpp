@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Python bindings of the CPU kernels: NumPy views in (of PyTorch's memory), checked against the
 // shapes the kernels trust. Results are written into arrays of the caller.
 #include <pybind11/numpy.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the binding checks and fills in, and the kernels trust. Pointers are to contiguous memory.
 #pragma once
 

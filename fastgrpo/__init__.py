@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fastgrpo: exact GRPO steps for vision-language models with a fraction of the work.
 
 Importing starts nothing: no CUDA context, no patching, no environment edits.

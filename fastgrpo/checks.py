@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Argument checks shared by the public ops: one line per argument, one kind of message."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GRPO objective: what is minimised, as one frozen description.
 
 Letters: l log-prob, k = l - old its log-ratio, r = exp(k), A advantage, |m_i| tokens of sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared test set-up: the installed package is tested, not the checkout; torch.empty is NaN."""
 
 import os

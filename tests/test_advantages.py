@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reward shaping, group rules, step rewards and schedules against their formulas."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls into flash-attn, torch's varlen and xformers, checked against their published signatures.
 
 The stand-ins carry the signatures of flash-attn 2.8.3.post2, torch 2.11 and xformers 0.0.35 and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over packed rows: backends against the oracle, the vision tower's, and the switch."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """average_precision equals pycocotools on one image per sample, in every implementation."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The load-balancing loss of packed rows against the stock loss of the padded batch."""
 
 import pytest

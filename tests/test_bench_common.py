@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share, as far as a CPU can show it."""
 
 import importlib.util

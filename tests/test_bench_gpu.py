@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bench/gpu.sh on the CPU: every stage runs, and what it leaves behind is read."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """box_iou and pairwise_box_iou: values by hand and by formula, gradients, every implementation."""
 
 import math

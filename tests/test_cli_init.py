@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first five minutes: init, check, train and report, no setting touched."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data in motion from the command line: stages in order, a file that grows, dynamic sampling."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Limits on image sizes: obeyed, or one line that names the setting, before anything is loaded."""
 
 import pytest

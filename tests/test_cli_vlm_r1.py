@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VLM-R1's published command lines, unchanged after the program name, on small data."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wrong turns of a new user: each ends in one line that names the setting, never in a traceback."""
 
 import fcntl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `pytest -m gpu` needs: torch, triton, transformers and pytest, and nothing else of ours."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled parts are optional, and what was built is on record."""
 
 import json

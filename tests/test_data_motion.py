@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stages in order and a dataset that grows while it is read."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A row is read whole: every turn, tag and image has its place, or the row is set aside."""
 
 import base64

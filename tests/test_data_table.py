@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables in TRL's columns, wherever they are and whatever their images are."""
 
 import io

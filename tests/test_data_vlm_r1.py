@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VLM-R1's JSONL: every row is loaded as VLM-R1 would, or named and set aside."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The main job, tiny: data, policy, warm start, and two GRPO steps down to the report."""
 
 import json

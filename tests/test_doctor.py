@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastgrpo doctor`, and what it proves about every Triton kernel without a GPU."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One file per family: discovery, and what every family must show."""
 
 import pytest

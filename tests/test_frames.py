@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every reward that compares boxes or points, in every frame: the truth is paid the top."""
 
 import itertools

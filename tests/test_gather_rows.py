@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """gather_rows and sum_rows against their definition: values, gradients, layouts, refusals."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rollouts: the distribution of model.generate, each prompt prefilled once."""
 
 import pytest

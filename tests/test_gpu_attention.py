@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared-prefix attention and gather_rows on a GPU: real sizes, repeats, limits, every library."""
 
 import inspect

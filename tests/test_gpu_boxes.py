@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels of matching and average precision against the CPU's results."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton kernels of the loss and the rewards on a GPU: real sizes, repeats, 64-bit offsets."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """group_advantages against loops over groups, TRL's arithmetic, and its promises."""
 
 import math

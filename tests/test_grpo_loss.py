@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """grpo_loss against formulas written out sequence by sequence, and against installed TRL."""
 
 import itertools

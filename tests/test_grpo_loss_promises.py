@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """grpo_loss: splits, masks, extremes, extra terms, metrics, refusals."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How often a pass waits for the device does not depend on how many rows it has."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Boxes no detector should give, through IoU, GIoU, matching and average precision.
 
 Whatever comes, values are defined and in range: an invalid box scores as no box (IoU 0, GIoU -1),

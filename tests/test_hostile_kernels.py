@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hostile inputs of the loss ops, one row of a table each, with what is promised.
 
     value   a defined value: equal to plain PyTorch on the same inputs, gradients finite

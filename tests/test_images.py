@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every source of an image gives the same upright RGB pixels, or one named fault."""
 
 import base64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What importing fastgrpo needs, starts and hides; what its code never calls."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What must hold for any packed row, whatever the model says: isolation, order, bits, zeros."""
 
 import pytest

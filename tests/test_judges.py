@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Judges over HTTP (a small server on loopback) and models in this process as rewards."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log-probs as rewards and second rollouts against plain forwards of the stock model."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_grpo_loss = linear_logprob + grpo_loss = float64, for the whole matrix of objectives.
 
 N rows, D hidden, V vocabulary, B sequences.

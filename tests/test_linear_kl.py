@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_kl and token_kl. N rows, V vocabulary."""
 
 import math

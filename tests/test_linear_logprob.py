@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_logprob: values, gradients, plans and promises. N rows, D hidden, V vocabulary."""
 
 import itertools

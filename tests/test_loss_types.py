@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A loss type is one file: two new ones, used through every op, against float64 autograd."""
 
 import importlib.util

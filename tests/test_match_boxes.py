@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """match_boxes: equal to scipy and to brute force, ties, masks, thresholds, every implementation."""
 
 from itertools import permutations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model of occupancy that the attention kernels' tiles are chosen by, and the kept lines."""
 
 import dataclasses

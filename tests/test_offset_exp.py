@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """offset_exp: the streaming pass against its formula in float64. C rows, V vocabulary."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C++ streaming pass against float64: values, sums, special logits, layouts, processors."""
 
 import fastgrpo_kernels

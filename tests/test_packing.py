@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GroupLayout's tables, the planner, and every check on what a group may hold."""
 
 import pytest

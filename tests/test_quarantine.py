@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One ledger of rows set aside for any number of workers and processes."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every recipe: a well-formed file, rewards that tell good from bad, three steps that train."""
 
 import json

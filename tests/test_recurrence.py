@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recurrent layers over a packed row: what is exact, and that each way to leak is seen."""
 
 import pytest

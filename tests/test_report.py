@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run's report: complete, self-contained, safe with hostile text, clear about what is missing."""
 
 import base64

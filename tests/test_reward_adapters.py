@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our rewards in the forms of verl, EasyR1, ms-swift, OpenRLHF and VLM-R1."""
 
 import pytest

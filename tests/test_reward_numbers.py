@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How rewards read a number a data file writes."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The registry's contract, and what "fixed" promises where the published code does not."""
 
 import inspect

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ten thousand random completions through every reward; batches neither mix nor reorder rows."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every reward on hostile text: within 20 ms and 64 MB of one megabyte, in range, no exception."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cases that compute-sanitizer runs on a GPU are valid calls: they run on the CPU."""
 
 import runpy

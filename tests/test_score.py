@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fg.score equals one-sequence-at-a-time forwards of the stock model, values and every gradient."""
 
 import itertools

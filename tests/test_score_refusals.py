@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the packed row cannot express is refused with the reason; the self-check finds the rest."""
 
 import types

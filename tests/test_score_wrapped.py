@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fg.score through PEFT and FSDP2 wrappers, and with images shared between prompts and rows."""
 
 import pytest

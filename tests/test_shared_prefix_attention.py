@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The definition of shared-prefix attention, its tables and what the public op refuses."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GRPOStep adds the gradients of the whole GRPO loss of one-at-a-time forwards, for any split."""
 
 import dataclasses

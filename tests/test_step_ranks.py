@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GRPOStep on two FSDP2 ranks with unequal work: one has images and more rows, the other none."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GRPOStep's further terms: KL streams, token weights, sums of objectives, perturbed images."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gather_rows and sum_rows kernels in Triton's interpreter."""
 
 import os

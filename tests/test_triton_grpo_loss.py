@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton GRPO loss against the float64 reference, under Triton's interpreter."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton kernels run on their tensors' device, not on the current one."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The logits' matmul with the exponential in its epilogue, under Triton's interpreter."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fused ops through the Triton kernels, under Triton's interpreter."""
 
 import os

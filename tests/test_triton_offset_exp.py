@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton streaming pass against the float64 reference, under Triton's interpreter."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shared-prefix attention kernels in Triton's interpreter, against the float64 definition."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scalars and lengths never recompile a kernel: launches that differ in them share one cache key.
 
 The launchers run for real up to the launch, which is recorded in place of a GPU.

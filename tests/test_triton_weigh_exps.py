@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton weighting of exponentials against its formula in float64, under the interpreter."""
 
 import os

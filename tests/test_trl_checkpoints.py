@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints: whole or absent, and a resumed run repeats the one that was not cut."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastgrpo train` from a config file to a checkpoint, and which checkpoint it resumes from."""
 
 import json

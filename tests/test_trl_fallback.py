@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What packed rows cannot express runs by TRL's own padded path, and says so once."""
 
 import logging

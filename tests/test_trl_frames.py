@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the trainer tells a reward about the images of its row."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reward functions that fail: named, counted, None for their samples, and nothing else changes."""
 
 import asyncio

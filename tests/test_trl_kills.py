@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """kill -9 at random moments: every run resumes, and goes on as if it had not been cut.
 
 `make test-faults` runs it. Trials are forked from one process that has everything imported; the

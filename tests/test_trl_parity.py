@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizer steps with the same seeds: TRL's trainer and ours log the same numbers.
 
 Twenty steps of every loss, level, beta and number of iterations, with gradient accumulation 1 and

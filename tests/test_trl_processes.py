@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two processes: groups that straddle them, ranks with nothing to learn, TRL's numbers."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One line a logged step: which values, from where, how fast."""
 
 import pytest

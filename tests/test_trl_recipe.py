@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a recipe asks of the trainer: advantage rules, perception terms, rewards that work ahead."""
 
 import io

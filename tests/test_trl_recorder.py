@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recorder of a trainer: the time of a step is split without counting any of it twice."""
 
 from collections import defaultdict

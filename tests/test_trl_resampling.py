@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dynamic sampling: dead groups are replaced, counted, bounded, and nothing else changes."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packed rollouts inside TRL's trainer."""
 
 import copy

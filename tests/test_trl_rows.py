@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Unpadding TRL's rows, scattering back, and keeping groups together."""
 
 import random

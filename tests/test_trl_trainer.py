@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FastGRPOTrainer beyond plain parity: mixed batches, masks, failures, resume, refusals."""
 
 import logging

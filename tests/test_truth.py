@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards asked about their own truth, and what a run does with the answer."""
 
 import json

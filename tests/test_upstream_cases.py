@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every recorded call of the published code, reproduced by our reward or op to 1e-6.
 
 The cases are executed outputs of the published repositories. Another folder of cases can be named
@@ -9,8 +10,8 @@ import math
 import os
 from pathlib import Path
 
-import published.systems
-import published.trainer
+import published.systems  # noqa: F401
+import published.trainer  # noqa: F401
 import published.vlm_r1  # noqa: F401
 import pytest
 from published import ADAPTERS

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_logprob and linear_grpo_loss with the vocabulary split over two gloo processes."""
 
 import os

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The streaming pass of the one-pass loss; formulas in fastgrpo/reference/offset_exp.py.
 #include <cmath>
 

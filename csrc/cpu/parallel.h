@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Work shared out to threads that live for one call.
 #pragma once
 

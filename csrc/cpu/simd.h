@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One source, three instruction sets, chosen when the program runs: a body is a lambda that takes a
 // Level and is inlined into one function per set. Nothing is built for the builder's own machine.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // exp and tanh of vectors of floats, in GCC's portable vector types.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // COCO average precision on the GPU: one warp per sample, one lane per IoU threshold.
 #include "../shared/average_precision.h"
 

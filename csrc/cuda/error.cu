@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "launch.h"
 
 FG_API const char* fastgrpo_error(int status) {

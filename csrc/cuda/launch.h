@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the launchers share: they are plain C, take raw pointers and a stream, and return a
 // cudaError_t, so that the library needs no PyTorch to build and works with any.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Matchings on the GPU: one warp per problem, its state in shared memory.
 #include "../params.h"
 #include "../shared/assignment.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Optimal assignment by shortest augmenting paths with column potentials (Jonker and Volgenant,
 // 1987), for n rows <= m columns; every row ends up assigned.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // COCO average precision of one sample: the protocol of fastgrpo/reference/average_precision.py.
 #pragma once
 

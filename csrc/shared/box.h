@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Overlap of two boxes (x1, y1, x2, y2): the arithmetic of fastgrpo/reference/box_iou.py, operation
 // by operation, so that values agree bit for bit (compile without fused multiply-add).
 #pragma once

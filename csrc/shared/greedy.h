@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Greedy matchings: repeatedly the best remaining pair, or row after row its best remaining column.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The algorithms in this folder run on the host and on a GPU. They are written for a group of lanes
 // that sweeps arrays together: on a GPU the 32 threads of a warp, on the host a single lane, where
 // every sweep is an ordinary loop that the compiler vectorises.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The scores of one sample's pairs, and which of them may be matched.
 #pragma once
 

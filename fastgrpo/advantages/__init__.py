@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From rewards to advantages: aggregation, group rules, perception, turns."""
 
 from fastgrpo.advantages.columns import column_advantages

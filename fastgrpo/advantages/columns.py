@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Advantages from several reward columns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Advantages gated between groups, and which groups are kept. B completions, P prompts."""
 
 from __future__ import annotations

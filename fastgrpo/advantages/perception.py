@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token masks and trajectory weights from how much a token depends on the image (VPPO, PAPO).
 
 N packed completion tokens, B sequences; ``seq_ids`` (N,) non-decreasing in 0..B-1.

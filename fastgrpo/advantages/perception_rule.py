@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a recipe does with log-probs under a perturbed image, as one frozen description."""
 
 from __future__ import annotations

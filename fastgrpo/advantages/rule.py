@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How reward columns become advantages, as one frozen description a recipe can state."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Advantages of the turns of multi-turn trajectories. R rows; one row is one turn."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention by an explicit (T, T) mask: the definition the other backends are compared with."""
 
 from __future__ import annotations

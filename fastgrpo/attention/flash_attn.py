@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """KV-gather by the flash-attn package (2.8): one `flash_attn_varlen_func` call per layer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each segment attends to gathered keys: its prompt's, then its own, causal from the bottom right.
 
 On a GPU this is one variable-length call (see `varlen`); here segments of similar size are padded

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over a packed row, switched into a stock transformers model.
 
 `install` registers functions with transformers' AttentionInterface and selects them in the model's

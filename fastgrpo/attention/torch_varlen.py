@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """KV-gather by `torch.nn.attention.varlen.varlen_attn`: one call per layer, nothing to install."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Own kernel: each prompt's keys are read where they lie, for all of its completions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys gathered per segment for one variable-length call: what flash-attn and torch share.
 
 Each segment's keys are its prompt's, then its own. Both libraries align a causal mask to the

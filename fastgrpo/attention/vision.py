@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vision-tower attention for all images and windows in one variable-length call."""
 
 from __future__ import annotations

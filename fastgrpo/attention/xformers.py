@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Split attention by xformers: own keys and prefix keys apart, merged by log-sum-exp.
 
 No key is copied. Each part's backward uses the merged output and log-sum-exp, which makes the

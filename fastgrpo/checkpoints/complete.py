@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which checkpoint of a run can be resumed: the newest one that is whole."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint folder's own list of its files, and the file that names the newest checkpoint."""
 
 from __future__ import annotations

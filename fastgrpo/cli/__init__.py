@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `fastgrpo` command; each of its commands is a module here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastgrpo bench [NAME ...]`: runs bench/bench_NAME.py of a source checkout, all by default."""
 
 from __future__ import annotations

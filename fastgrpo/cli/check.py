@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastgrpo check --config x.yaml [--field value] [--json]`: what a run will do, before it does it.
 
 Nothing is trained, no weight is loaded, nothing is written. The exit status is 1 when something

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every setting of `fastgrpo train`: TRL's GRPOConfig and ours, one flat list of fields."""
 
 from __future__ import annotations

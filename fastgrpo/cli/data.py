@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The data sets of a run, from whichever of its settings names them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastgrpo doctor`: what is installed, which implementation each op uses here, and why.
 
 With `--compile sm_80,sm_90,sm_100` every Triton kernel of the package is compiled for those

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run will hold in memory, by formula, from the model's config alone.
 
 Letters: T tokens of a micro-batch (its prompts once each and its completions), L layers, D hidden

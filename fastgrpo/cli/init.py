@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastgrpo init DIR [--model NAME]`: a commented config, two rows and a reward that train at once.
 
 Without --model the policy is the demo's, a million parameters, copied into DIR: seconds on a CPU.

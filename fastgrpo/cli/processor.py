@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model's processor with the run's limits on image sizes, before any weight is loaded."""
 
 from __future__ import annotations

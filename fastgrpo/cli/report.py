@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastgrpo report RUN`: a training run as one HTML page, and its curves as PNG."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings of a run, from a YAML file and the command line: checked, and each in one line."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastgrpo train --config x.yaml [--field value]`: GRPO on the user's data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VLM-R1's command lines on today's trainer: each of its flags mapped, kept or answered.
 
 Source of the flags: om-ai-lab/VLM-R1, `grpo_jsonl.py`, `grpo_config.py` and `run_scripts/`.

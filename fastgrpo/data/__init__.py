@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Datasets of vision-language tasks in the columns TRL's trainers take."""
 
 from fastgrpo.data.quarantine import Quarantine, SetAside

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turns of a conversation as a prompt, the images in it, the question and the answer.
 
 Both written forms are read: `{"from": "human", "value": ...}` (ShareGPT, LLaVA, VLM-R1) and

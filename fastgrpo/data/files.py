@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of a data file one by one: lines of JSON, or the elements of a JSON array."""
 
 from __future__ import annotations

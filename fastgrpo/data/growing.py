@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A JSONL file that grows while a trainer reads it, such as one a synthesis server appends to."""
 
 from __future__ import annotations

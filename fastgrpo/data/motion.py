@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training data that changes while training: stages in order, and a source that grows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images opened when a row is read: the last step of every dataset made here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows set aside: which, where, why; one ledger for all workers and processes of a run."""
 
 from __future__ import annotations

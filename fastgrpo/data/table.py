@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A local table or a hub data set in TRL's columns, its rows checked and its images lazy."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VLM-R1's JSONL and ShareGPT's JSON as a dataset TRL's trainers take, images opened lazily."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The main job from start to end: `python -m fastgrpo.demo --out runs/demo --seed 0`.
 
 Draws the data, measures the warm start on held-out images, trains with GRPO exactly as `fastgrpo

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real handwriting to point at: scikit-learn's digits on canvases of varying resolution.
 
 A canvas is white paper of 2 to 4 by 2 to 4 cells of 28 pixels. Every digit lies at a random place

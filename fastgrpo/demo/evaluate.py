@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Held-out figures of a policy: mean IoU of sampled and of greedy completions.
 
 `python -m fastgrpo.demo.evaluate MODEL DATA.jsonl` prints them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo's policy: the Qwen2.5-VL architecture with about a million parameters, and its
 processor.
 

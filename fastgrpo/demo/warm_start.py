@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The short supervised run GRPO starts from: `python -m fastgrpo.demo.warm_start --out DIR`.
 
 It teaches the format, to read, and where things are roughly: every edge of a box it shows is off by

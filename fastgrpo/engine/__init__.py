@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine: log-probs and GRPO steps of whole groups."""
 
 from fastgrpo.engine.balance import RouterBalance

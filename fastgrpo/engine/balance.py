@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The load-balancing loss of a mixture of experts, from packed rows.
 
 Letters: T packed tokens, E experts, k experts a token.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One forward of a packed row through the model the caller trains."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss of packed rows: projection, loss and both gradients inside the model's forward."""
 
 from __future__ import annotations

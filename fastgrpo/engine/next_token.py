@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model's prediction after whole prompts, for all tokens or a few."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models spread over processes: what is collective.
 
 DDP keeps the whole model in every process. FSDP2 and ZeRO-3 keep shards, and gather a module's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """score: log-probs (and entropies) of every completion of every group."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first time a model is used, its packed forward and backward are compared with the plain ones.
 
 Log-probs tell wrong positions, masks and heads; gradients tell a graph that is cut.

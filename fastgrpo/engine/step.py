@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GRPOStep: the gradients of one optimizer step, from whole groups."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images wherever they come from: one reader, one size, and the perturbations that keep it."""
 
 from fastgrpo.images.read import MAX_PIXELS, ImageFault, image_size, load_image

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Perturbed copies of an image that keep its size: what PAPO and VPPO compare the policy with.
 
 The size, and so the token layout, the positions and the packed row, stay those of the original:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images wherever they are: bounded before they are decoded, upright, always RGB.
 
 A source is a path, a data URI (or bare base64), encoded bytes, a PIL image, an array or tensor, or

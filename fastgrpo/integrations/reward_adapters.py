@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of our rewards (TRL's signature) in the form another framework calls.
 
 Each adapter takes `f(prompts, completions, **columns) -> list[float | None]`, for example

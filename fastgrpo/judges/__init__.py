@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models as rewards: over HTTP, in this process, trained beside the policy, as likelihoods."""
 
 from fastgrpo.judges.bound import Bound

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Judges that need a trainer's model and processor: built when the trainer is bound."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A judge behind an OpenAI-compatible HTTP endpoint as a reward function."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log-probs as rewards: how likely a model finds given continuations or choices.
 
 Each completion is the shared prompt of its continuations, so it is encoded once.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models in the same process as rewards, frozen or trained beside the policy.
 
 B completions, D hidden size.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards that need a second rollout depending on the first: re-answer, reason from a caption."""
 
 from __future__ import annotations

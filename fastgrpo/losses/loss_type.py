@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a loss type is; each is defined in one file of `fastgrpo.losses.types`."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics of the GRPO losses as mergeable statistics, under TRL's names.
 
 A statistic is a (2,) tensor: (sum, count) of a mean, or (value, 0) of a minimum, maximum or sum.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The quantities of a packed row that loss formulas are written in.
 
 Letters: N tokens, B sequences; l log-prob, k log-ratio, q = old - rollout log-prob.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tokens of a loss and the weight of each: denominators, masks, sequences.
 
 Letters: N tokens in a packed row, B sequences.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which transformers models the engine serves, and how it reaches into them.
 
 A module of this folder with a tuple `FAMILIES` of `Family` objects serves those model types.

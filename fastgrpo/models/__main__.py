@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m fastgrpo.models RESULTS...`: the table of families from pytest's result files.
 
 Each file is what `pytest tests/test_families.py --junitxml=FILE` wrote; its name (5.24.0.xml) is

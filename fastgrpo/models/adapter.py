@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One model as the engine sees it: the wrapper to call, the model inside, its family."""
 
 from __future__ import annotations

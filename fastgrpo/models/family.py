@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything the engine asks of a model family; one file of this folder answers for each.
 
 Letters: P prompt tokens, A axes of the positions.

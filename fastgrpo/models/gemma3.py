@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gemma 3: an image's 256 features see one another both ways; five of six layers are local."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GLM-4.1V and 4.6V: Qwen's patches and three axes, another tower and decoder."""
 
 from __future__ import annotations

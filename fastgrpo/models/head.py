@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The projection to the vocabulary, taken over for the length of one forward."""
 
 from __future__ import annotations

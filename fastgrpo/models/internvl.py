@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """InternVL 3 and 3.5: square tiles, each shuffled down to a fixed number of features."""
 
 from fastgrpo.models.family import Coordinates

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LLaVA 1.5: one picture, one feature a patch of a CLIP or SigLIP tower."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LLaVA-NeXT: a picture and its tiles of the best-fitting grid, put together again and unpadded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mistral 3 and Ministral 3: pictures of any size on a Pixtral tower, padded to the largest."""
 
 from __future__ import annotations

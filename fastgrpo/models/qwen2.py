@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen2: text, one position per token."""
 
 from fastgrpo.models.family import Family

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen2.5-VL: a tower with windows; boxes in the pixels of the resized image."""
 
 from fastgrpo.models.family import Coordinates

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen2-VL, and what all Qwen-VL generations share: patches with a grid, M-RoPE, one tower."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen3: text, with a head size of its own."""
 
 from fastgrpo.models.family import Family

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen3.5, 3.6 and 3.8 (one structure): gated DeltaNet in three of four layers, images or text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen3.5 and 3.6 with a mixture of experts in every layer."""
 
 from fastgrpo.models.moe import Experts

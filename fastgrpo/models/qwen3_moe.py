@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen3 with a mixture of experts: text."""
 
 from fastgrpo.models.moe import Experts

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen3-VL: features enter at the decoder's input and, as deepstack, at its first layers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen3-VL with a mixture of experts."""
 
 from fastgrpo.models.moe import Experts

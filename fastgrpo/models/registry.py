@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The families of this folder, found by looking: a file is added and its families are served."""
 
 from __future__ import annotations

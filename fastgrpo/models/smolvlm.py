@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SmolVLM and Idefics3: tiles by prompt and number, each a run of placeholders of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the families share whose images are a batch of equally large pictures or tiles."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """COCO average precision of many samples at once."""
 
 from collections.abc import Hashable, Sequence

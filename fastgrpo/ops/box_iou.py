@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Overlap of boxes: element by element, and every pair of ragged batches."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """gather_rows and sum_rows: ragged gather of rows and its adjoint, with float32 sums.
 
 Letters: N rows of the source, M entries of the index; trailing dimensions are free.

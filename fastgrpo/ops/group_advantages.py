@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """group_advantages: rewards of ragged groups to advantages."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """grpo_loss: every GRPO variant on packed per-token log-probs."""
 
 import functools

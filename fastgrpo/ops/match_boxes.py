@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One-to-one matching of predictions with ground truth from a score per pair."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A packed layout as the shared-prefix attention kernels read it.
 
 Letters: T packed tokens, S segments, H query heads, K key/value heads.

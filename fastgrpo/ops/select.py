@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation of an op runs: decided here and nowhere else."""
 
 import functools

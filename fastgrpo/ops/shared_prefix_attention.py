@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """shared_prefix_attention: attention over packed groups, each prompt stored and read once.
 
 Letters: T packed tokens, S segments, H query heads, K key/value heads, D head dimension.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """token_kl: per-token KL estimators from the log-probs of the sampled tokens."""
 
 import torch

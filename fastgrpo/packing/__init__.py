@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packing: many groups in one row, each prompt and its images once."""
 
 from fastgrpo.packing.group import Group

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A GRPO group as the engine takes it: one prompt, its images, and its completions."""
 
 from __future__ import annotations

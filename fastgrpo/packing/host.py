@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many small tensors between host and device: one transfer, whatever their number."""
 
 from __future__ import annotations

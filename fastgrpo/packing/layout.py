@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The structure of one packed row, built once and used by every layer and every pass."""
 
 from __future__ import annotations

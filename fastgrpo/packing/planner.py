@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which completions share a prompt, and which prompts share a packed row."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a plan to the tensors of one forward: ids, positions, images, targets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each distinct image is encoded once per pass, however many prompts and rows use it."""
 
 from __future__ import annotations

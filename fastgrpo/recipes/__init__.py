@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Published systems as recipes: `fastgrpo train --recipe NAME`.
 
 `names()` lists them, `load(name)` reads one, `python -m fastgrpo.recipes` prints the table of what

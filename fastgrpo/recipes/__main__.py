@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m fastgrpo.recipes`: the table of all recipes, in Markdown."""
 
 from fastgrpo.recipes import load, names

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A published system as a file: rewards, advantage rule, objective, settings, and what is exact."""
 
 from __future__ import annotations

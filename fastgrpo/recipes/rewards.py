@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a recipe's specifications to reward functions.
 
 A specification is a mapping with exactly one of these keys (`compose` may have a `judge` beside):

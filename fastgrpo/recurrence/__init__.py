@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recurrent layers over a packed row: a prompt's state once, its completions start from it."""
 
 from fastgrpo.recurrence.seams import (

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gated delta rule and causal convolution over a packed row of prompts and their completions.
 
 The delta rule of one sequence, per head, S (K, V) with S_0 = 0 (Yang et al., arXiv 2412.06464):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two functions of a modeling file that a recurrent mixer calls, wrapped.
 
 A mixer of transformers calls `causal_conv1d_fn` and `torch_chunk_gated_delta_rule` by their names

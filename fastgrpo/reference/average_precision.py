@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """COCO average precision of one sample at a time: the protocol of pycocotools, in plain loops."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Overlap of boxes (x1, y1, x2, y2) in plain PyTorch: the definition, differentiable in both sides.
 
 A box is valid when its four coordinates are finite, x1 <= x2, y1 <= y2, and none is so large that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gather of rows and sum of rows by owner, in plain PyTorch: the definition."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Group-relative advantages, in plain PyTorch.
 
 Letters: B rewards, P groups.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GRPO loss of packed log-probs in plain autograd PyTorch: the definition of every variant.
 
 Letters: N tokens in a packed row, B sequences. The policy term of a token is the formula of the

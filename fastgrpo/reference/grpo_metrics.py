@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The statistics of `fastgrpo.losses.metrics` from the terms of the reference loss."""
 
 from typing import Any

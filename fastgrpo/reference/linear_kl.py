@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Full-vocabulary KL between two projections, in plain autograd PyTorch.
 
 Letters: N rows, V vocabulary.

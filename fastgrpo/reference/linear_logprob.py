@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log-probabilities of targets under softmax(hidden @ weight.T), in plain autograd PyTorch.
 
 Letters: N rows, D hidden size, V vocabulary.

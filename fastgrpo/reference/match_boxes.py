@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One-to-one matching of rows with columns from a score per pair, one sample at a time.
 
 Optimal assignment is scipy's; the greedy methods are loops.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared-prefix attention in plain PyTorch: the definition, by a dense mask.
 
 Letters: T packed tokens, S segments, H query heads, K key/value heads, D head dimension.

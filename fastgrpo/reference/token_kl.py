@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """KL estimators from the log-probs of sampled tokens, in plain autograd PyTorch."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a GRPO run did, as one HTML page."""
 
 from fastgrpo.report.page import write_report

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The curves of a run as PNG: one picture per question a reader has."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report: one HTML page that needs no other file, and its curves as PNG beside it."""
 
 from __future__ import annotations

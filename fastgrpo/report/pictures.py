@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images with the boxes of the solution and of a completion drawn in."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads what a TRL run leaves in its output folder, and says what is missing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reward functions of the published systems, by name.
 
 `get("vlm_r1/iou")` returns a function with TRL's signature; `names()` lists them; `stats()` tells

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rollouts in the training process."""
 
 from fastgrpo.rollout.generate import generate

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """generate: sample completions in the training process, each prompt and image prefilled once.
 
 Letters: P prompts, G completions per prompt, B = P G rows, D hidden size, V vocabulary.

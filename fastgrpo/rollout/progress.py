@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where each row of a rollout stands: its length, whether it ended, what its text may match.
 
 Letters: P prompts, G completions per prompt, B = P G rows, V vocabulary.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recurrent layers of a rollout: a prompt's state and convolution tail once, forked to its rows.
 
 Letters: P prompts, G completions per prompt, B = P G rows, C channels and W width of the

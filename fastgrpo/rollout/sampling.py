@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From logits to the next token, in the order transformers applies its processors.
 
 B rows, V vocabulary.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys and values of a rollout: each prompt's once for its G completions, then each row's own.
 
 Letters: P prompts, G completions per prompt, B = P G rows (prompt after prompt), L the longest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny real transformers models, synthetic groups, and the plain computation they are compared
 with.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real transformers processor small enough for tests: a token per character, Qwen's images.
 
 Nothing is downloaded, and the ids of the special tokens are those of the given model config, so any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole TRL training runs on a tiny checkpoint, small enough for tests: seconds for 20 steps."""
 
 from __future__ import annotations

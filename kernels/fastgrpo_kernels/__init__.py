@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels of fastgrpo: Triton, and the compiled C++ and CUDA parts where they were built."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C++ kernels as PyTorch ops on CPU tensors; the first call imports `fastgrpo_kernels._C`.
 
 Letters: C rows of a chunk, V vocabulary; a, b boxes of one sample.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled CUDA kernels as PyTorch ops: `libfastgrpo_cuda.so` by ctypes, pointers and a stream.
 
 The library is loaded by the first call. What the kernels trust is what the public ops have checked.

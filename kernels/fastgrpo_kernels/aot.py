@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compile every Triton kernel of the package ahead of time, without a GPU, and read what came out.
 
 Each kernel module defines `aot_specs() -> list[KernelSpec]`: one entry per kernel and structural

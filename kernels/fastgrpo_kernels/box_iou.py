@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All pairs of ragged samples of boxes (x1, y1, x2, y2): IoU, GIoU, DIoU, CIoU, with gradients.
 
 A pair with an invalid box (not finite, reversed, or so large that a squared length overflows) has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a streaming pass over a chunk of logits returns, whichever implementation made it.
 
 Letters: C rows of a chunk, V vocabulary (of this shard).

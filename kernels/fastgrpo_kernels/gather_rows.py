@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gather of rows and its adjoint, the sum of rows by owner, for packing.
 
 Letters: N rows of the source, M entries of the index, D columns. Neither kernel uses an atomic:

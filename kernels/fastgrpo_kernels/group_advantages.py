@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Group-relative advantages of ragged groups.
 
 A program takes several consecutive groups, one per row of its tile, and walks their rewards four

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GRPO policy losses and their slopes as device functions, one token per lane.
 
 Letters: k log-ratio, r ratio, A advantage, q = old - rollout log-prob. Formulas: the docstring of

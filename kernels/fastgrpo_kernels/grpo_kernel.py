@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels of the GRPO loss; what they compute and in which order says `grpo_loss`."""
 
 from typing import NamedTuple

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GRPO loss of packed log-probs: loss, statistics and every token's gradient in one kernel.
 
 A program takes a piece of a sequence (`grpo_pieces`). It reads what the tokens of the sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which program works on which tokens of a packed row of sequences, and who comes last.
 
 Sequences are cut into pieces of TILE tokens, each from its own start, so that nothing depends on

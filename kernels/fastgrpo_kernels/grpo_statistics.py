@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The statistics of a GRPO loss: gathered by pieces, added up by sequence, then over sequences.
 
 A vector of CELLS numbers describes a piece, a sequence or the whole call: sums first, then maxima

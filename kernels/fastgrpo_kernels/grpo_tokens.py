@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GRPO loss of the tokens of one piece: loss, slopes, and what the statistics add up.
 
 Masked tokens are selected away before any arithmetic, so they may hold NaN or inf; NaN elsewhere

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How every Triton kernel of the package is launched."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The logits' matmul with the exponential in its epilogue: no fp32 logits in memory.
 
     z = x w^T,               E_j = exp((z_j - c) * scale) for j != y,   E_y := -S,

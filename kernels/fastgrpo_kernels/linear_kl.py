@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Full-vocabulary KL of two chunks of logits, and its gradients over the logits themselves.
 
     log p = z_p - lse(z_p),  log q = z_q - lse(z_q),  x = log q - log p

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The streaming pass of the one-pass loss: fp32 logits in, exponentials about the target logit out.
 
     f(z) = softcap * tanh(logit_scale * (z + bias) / softcap)     (no tanh without a softcap)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over packed groups [prompt, completion, ...], each prompt's keys read in place.
 
 Letters: T packed tokens, S segments, H query heads, K key/value heads, D head dimension.

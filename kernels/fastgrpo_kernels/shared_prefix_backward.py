@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backward kernels of shared-prefix attention: dq; dk and dv by work items; the sum of their parts.
 
 A prompt's keys are seen by every row from the key to the end of its group, under every query head

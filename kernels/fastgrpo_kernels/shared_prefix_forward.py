@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forward kernel of shared-prefix attention: online softmax over a query's virtual keys."""
 
 import triton

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiles, warps and stages with which the shared-prefix attention kernels are launched."""
 
 from typing import NamedTuple

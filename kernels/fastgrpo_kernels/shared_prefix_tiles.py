@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the shared-prefix attention kernels share: tiles of rows, the key map, masks, logits.
 
 Letters: T packed tokens, H query heads, K key/value heads, D head dimension.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Per-token KL estimates from two streams of log-probs, and their slopes.
 
     x = clamp(ref - logp, +-log_ratio_clamp)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turn a chunk's exponentials into logit gradients where the factor differs along a row.
 
     E_j <- E_j (g + h (ln E_j + c)) (1 - clamp((T ln E_j + m) / softcap, -1, 1)^2),   E_y <- e_y

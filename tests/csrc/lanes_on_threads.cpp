@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The shared algorithms with one host thread per lane and a barrier where a warp would synchronise,
 // compared with the serial ones. Built with ThreadSanitizer it also reports every pair of accesses
 // that a GPU could reorder: a missing sync is an error here. Working memory has exactly the size the

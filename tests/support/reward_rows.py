@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A usable data row for every registered reward, for tests that run all of them."""
 
 from __future__ import annotations

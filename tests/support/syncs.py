@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts what a GPU would make the host wait for, with CPU tensors in the device's place.
 
 Tensors given to `Device.put` stand for the device's, and so does all that is computed from them;

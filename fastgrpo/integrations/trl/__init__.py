@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A drop-in for TRL's GRPOTrainer, trl 1.16."""
 
 from fastgrpo.integrations.trl.guard import RewardGuard

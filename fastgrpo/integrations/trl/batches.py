@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a generation batch is: its prompts, the rows left out of the loss, its micro-batches."""
 
 from __future__ import annotations

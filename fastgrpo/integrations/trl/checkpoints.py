@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints that are whole or absent, and that hold all a run needs to repeat itself.
 
 A checkpoint is written to `.saving/checkpoint-N` in the output folder, synced to disk, listed in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When the padded path of TRL runs instead of packed rows: judged before training, said once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is asked of the rewards before and while a run begins."""
 
 from __future__ import annotations

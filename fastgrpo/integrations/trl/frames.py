@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a reward is told about its row: the sizes of its images, the frame the model answers in.
 
 The columns are those of `fastgrpo.rewards.geometry.frames`; a column of the data set of the same

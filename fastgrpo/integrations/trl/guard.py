@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reward functions that cannot end a run: what fails is named, counted, and leaves the baseline."""
 
 from __future__ import annotations

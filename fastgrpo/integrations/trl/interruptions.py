@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs that end well: SIGTERM saves first, one writer a folder, no step without a number."""
 
 from __future__ import annotations

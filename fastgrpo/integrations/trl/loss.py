@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TRL's loss with the projection fused in: three matmuls, inside the model's forward.
 
 Letters: B rows, C completion columns.

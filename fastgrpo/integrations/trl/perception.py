@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The passes and loss terms of a `PerceptionRule`: the policy under perturbed images.
 
 Letters: B rows, C completion columns.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes a TRL GRPO run leave what its report needs: where the time of a step went, and which image
 a row saw.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DAPO's dynamic sampling: groups without a gradient are replaced by groups of fresh prompts.
 
 Letters: B rows of a process, G completions per prompt, P and C prompt and completion columns.

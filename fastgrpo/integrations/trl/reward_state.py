@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What reward functions keep between batches, in and out of a checkpoint's folder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From completions to advantages: rewards that cannot end a run, work ahead, and keep state."""
 
 from __future__ import annotations

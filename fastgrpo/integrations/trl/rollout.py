@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TRL's rollout by `fastgrpo.rollout.generate`: each prompt and its images prefilled once."""
 
 from __future__ import annotations

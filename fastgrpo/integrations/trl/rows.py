@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TRL's padded rows as groups, and per-token values of the groups back as padded rows.
 
 Letters: B rows, P prompt columns (left-padded), C completion columns (right-padded).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first micro-batch against TRL's own computation, before anything is learnt from it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a TRL trainer must be before it is accelerated; each refusal says why and what to do."""
 
 from __future__ import annotations

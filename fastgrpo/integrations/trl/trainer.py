@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TRL's GRPOTrainer with packed groups: the same numbers, each prompt and its images once."""
 
 from __future__ import annotations

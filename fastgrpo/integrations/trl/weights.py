@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trainer's model itself: liger-kernel's layers, and weights read back from a checkpoint."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One file per kind of loss. Importing this package finds them all.
 
 Adding a loss type is one file here, or in any module that is imported, and its test. Formulas

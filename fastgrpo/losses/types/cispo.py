@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CISPO: the clipped ratio as a constant weight of the log-prob."""
 
 import torch

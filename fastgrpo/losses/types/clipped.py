@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PPO's clipped ratio: grpo, bnpo, dr_grpo, dapo, luspo, and gspo_token."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DPPO: a trust region on the token's probability, by total variation or by binary KL."""
 
 import torch

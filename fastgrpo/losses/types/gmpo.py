@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GMPO: the geometric mean of a sequence's clipped ratios."""
 
 import torch

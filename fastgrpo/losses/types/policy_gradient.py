@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plain policy gradients: gpg, reinforce, and dro with its penalty."""
 
 import torch

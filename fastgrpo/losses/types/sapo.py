@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SAPO: a soft gate in place of the clip."""
 
 import torch

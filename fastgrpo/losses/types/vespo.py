@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VESPO: a smooth weight of the whole sequence's importance ratio."""
 
 import math

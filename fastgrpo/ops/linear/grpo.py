@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_grpo_loss: the GRPO loss with the projection fused in."""
 
 import dataclasses

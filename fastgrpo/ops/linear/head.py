@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chunks of a projection about the target logit: what the fused ops share.
 
 Letters: C rows of a chunk, D hidden size, V vocabulary (of this rank's shard).

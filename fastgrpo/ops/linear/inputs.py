@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arguments that every projection op takes: checked once, in the form the ops use."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_kl: full-vocabulary KL between two hidden-state streams, the logits never stored.
 
 Letters: N rows, D hidden size, V vocabulary, C rows of a chunk.

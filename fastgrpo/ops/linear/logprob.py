@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linear_logprob: log-probabilities of targets without storing the (N, V) logits.
 
 A custom op over chunks of rows; backward by one of four plans:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many logits are held at once.
 
 Letters: N rows, V vocabulary.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The streaming pass of the one-pass loss: logits in, exponentials about the target logit out.
 
 Letters: C rows of a chunk, V vocabulary.

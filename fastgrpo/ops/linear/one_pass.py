@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one-pass linear_grpo_loss: loss and gradients made in forward, as a custom op.
 
 Letters: N rows, D hidden size, V vocabulary, B sequences.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A weight whose vocabulary is split over a process group."""
 
 import torch

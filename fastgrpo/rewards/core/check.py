@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards asked about their own truth: a perfect answer must be paid the top."""
 
 from __future__ import annotations

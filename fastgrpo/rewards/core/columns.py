@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The data columns a trainer hands to a reward function."""
 
 from __future__ import annotations

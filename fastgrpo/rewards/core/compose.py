@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards made of rewards: schedules, gates, shaping, votes and trust, in TRL's signature.
 
 B completions of a batch, G completions of one prompt, consecutive.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scoring row by row: faults of a completion or a row become values and notes."""
 
 from __future__ import annotations

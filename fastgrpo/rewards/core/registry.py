@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reward functions by name: TRL's signature, bounded input, a defined value for any text.
 
 A reward is written for one row (`score(text, *, <columns>, <settings>)`) or, with `batched=True`,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any weight, threshold or coefficient as a function of training progress."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reward shaping: relative to reference rewards, to running statistics, along a trajectory's steps.
 
 B completions, M reference rewards each, K steps. Source of the PAR family: PorUna-byte/PAR,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers made from a solution, which a reward must pay its top."""
 
 from __future__ import annotations

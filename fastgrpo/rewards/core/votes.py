@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewards that depend on the whole group of G completions: votes, and trust in a judge."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The frame a coordinate is given in, and the one conversion between frames.
 
     image        pixels of the upright image

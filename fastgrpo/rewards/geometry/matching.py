@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists of labelled boxes, overlapped and matched in one call per batch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The overlap of one pair of boxes.
 
 One pair costs less in plain Python than the call of a batched op; lists of boxes go through

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Boxes in model text, one reader per written form, in time linear in the text.
 
     brackets   [x1, y1, x2, y2]                         Qwen, InternVL, GLM, Gemma; JSON lists too

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text of prompts and completions, whatever form a trainer gives them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which options an answer chooses: letters where they are letters, else the text of an option.
 
 A letter is read where it stands

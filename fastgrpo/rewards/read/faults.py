@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How reading can fail, and the caps that keep it bounded."""
 
 from __future__ import annotations

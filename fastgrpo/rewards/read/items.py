@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists of labelled boxes as JSON: {"bbox_2d": [x1, y1, x2, y2], "label": str}."""
 
 from __future__ import annotations

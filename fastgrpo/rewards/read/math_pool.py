@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mathematical equality of two answers, decided in processes that are killed when they hang.
 
 SymPy can hang, exhaust memory or crash on short text such as `9^9^9^9`; signals work in the main

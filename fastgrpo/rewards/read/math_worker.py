@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A process that verifies mathematical answers and may be killed: runs as a script, stdlib pipes.
 
 The parent imports math-verify once and forks one child. Each request is one JSON line; the child

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mathematical answers as text: the boxed part, and equality short of computer algebra."""
 
 from __future__ import annotations

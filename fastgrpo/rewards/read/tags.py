@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tags in model text: answers, thoughts and fences.
 
 Patterns run on RE2, which has no backtracking; everything that can be a `str.find` is one.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Words of model text: cleaning, repetition, word errors, overlap."""
 
 from __future__ import annotations

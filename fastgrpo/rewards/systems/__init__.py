@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One file per published system, and `<system>_upstream` with its published behaviour beside it.
 
 Every module of this folder is imported here; each registers its rewards.

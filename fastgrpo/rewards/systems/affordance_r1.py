@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Affordance-R1's reward (hq-King/Affordance-R1@d040e27): format, boxes and points, words."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`affordance_r1` as published (hq-King/Affordance-R1@d040e27)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ARM-Thinker's ladder for a judge with tools (InternLM/ARM-Thinker@96b1baf)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`arm_thinker` as published (InternLM/ARM-Thinker@96b1baf)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Curr-ReFT's three-stage rewards (ding523/Curr_REFT@f123433): judgement, choice, open tasks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`curr_reft` as published (ding523/Curr_REFT@f123433)."""
 
 from __future__ import annotations

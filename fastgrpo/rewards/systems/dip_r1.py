@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DIP-R1, by its abstract: think, look, answer; precision and recall; uncertain objects."""
 
 from __future__ import annotations

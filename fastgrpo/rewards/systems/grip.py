@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GRiP, by its abstract: IoU weighted by salience."""
 
 from __future__ import annotations

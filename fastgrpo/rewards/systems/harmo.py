@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HARMO, by its abstract and reviews: a hybrid of rule and learned score, a length penalty."""
 
 from __future__ import annotations

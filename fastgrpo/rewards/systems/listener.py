@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Listener, by third-party notes: format, choice, and how well a frozen model follows."""
 
 from __future__ import annotations

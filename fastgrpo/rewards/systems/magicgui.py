@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MagicGUI's action reward, by the rules of its evaluation code (MagicAgent-GUI/MagicGUI@48b3f94).
 
 The training reward is known by abstract only (type and position of an action); the weights of the

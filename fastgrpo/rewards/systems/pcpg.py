@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PCPG, by its abstract: the character error rate."""
 
 from __future__ import annotations

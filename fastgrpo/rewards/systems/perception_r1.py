@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rewards of the two systems called Perception-R1: PR1 (linkangheng) and Xiao et al."""
 
 from __future__ import annotations

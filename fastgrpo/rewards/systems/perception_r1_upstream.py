@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`perception_r1` as published: PR1 (linkangheng/PR1@48d5558), Xiao et al. (@c47eaf2)."""
 
 from __future__ import annotations

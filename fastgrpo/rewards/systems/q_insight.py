@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Q-Insight's rewards (bytedance/Q-Insight@08308fd): quality score, distortion, comparison."""
 
 from __future__ import annotations

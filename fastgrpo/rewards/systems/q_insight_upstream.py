@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`q_insight` as published (bytedance/Q-Insight@08308fd)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RewardMap's difficulty-aware rewards for metro maps (fscdc/RewardMap@15428ac)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RM-R1's reward of a judge (RM-R1-UIUC/RM-R1@d4c2542)."""
 
 from __future__ import annotations

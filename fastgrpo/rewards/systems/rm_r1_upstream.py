@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`rm_r1` as published (RM-R1-UIUC/RM-R1@d4c2542)."""
 
 from __future__ import annotations

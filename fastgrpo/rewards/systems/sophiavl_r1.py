@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SophiaVL-R1's outcome rewards (kxfan2002/SophiaVL-R1@a818494).
 
 The thinking reward and its group weighting are an advantage rule, not a reward function.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sophiavl_r1` as published (kxfan2002/SophiaVL-R1@a818494)."""
 
 from __future__ import annotations

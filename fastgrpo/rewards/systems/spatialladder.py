@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SpatialLadder's rewards (ZJU-REAL/SpatialLadder@87320be): choices, relative accuracy, format."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`spatialladder` as published (ZJU-REAL/SpatialLadder@87320be)."""
 
 from __future__ import annotations

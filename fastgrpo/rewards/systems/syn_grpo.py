@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Syn-GRPO, by its abstract: diversity of the image descriptions within a group."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """3D-R1's rewards (AIGeeksGroup/3D-R1@767a5e2): format, 3D boxes, meaning."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`three_d_r1` as published (AIGeeksGroup/3D-R1@767a5e2)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """UnifiedReward-Think's rewards of a judge (CodeGoat24/UnifiedReward@ff6f520)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`unifiedreward_think` as published (CodeGoat24/UnifiedReward@ff6f520)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """V-Triune's verifiers (MiniMax-AI/One-RL-to-See-Them-All@39bcf0d): detection and mathematics."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`v_triune` as published (MiniMax-AI/One-RL-to-See-Them-All@39bcf0d)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VACoT, by its abstract: a right answer, a bonus for a tool that was needed, brevity."""
 
 from __future__ import annotations

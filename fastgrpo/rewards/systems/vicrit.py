@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ViCrit's reward (paper; evaluation code si0wang/ViCrit@727f1ee): find the changed phrase."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vicrit` as published (si0wang/ViCrit@727f1ee)."""
 
 from __future__ import annotations

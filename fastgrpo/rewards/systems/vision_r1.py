@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vision-R1's criterion-driven rewards (jefferyZhan/Griffon@9866875): precision, recall, format."""
 
 from __future__ import annotations

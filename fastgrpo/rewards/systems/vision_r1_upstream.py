@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vision_r1` as published (jefferyZhan/Griffon@9866875)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vision_sr1` as published (zli12321/Vision-SR1@4480e08)."""
 
 from __future__ import annotations

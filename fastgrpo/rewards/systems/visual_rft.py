@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Visual-RFT's rewards (Liuziyu77/Visual-RFT@9486633): detection, classification, grounding."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`visual_rft` as published (Liuziyu77/Visual-RFT@9486633)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VLAA-Thinking, by its README figure: one rule per type of problem."""
 
 from __future__ import annotations

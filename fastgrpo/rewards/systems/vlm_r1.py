@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VLM-R1's rewards for referring expressions and formats (om-ai-lab/VLM-R1@90052f4).
 
 The detection rewards are in `vlm_r1_detection`, the answer rewards in `vlm_r1_answers`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VLM-R1's rewards for answers in words, and its row-wise choice of reward (VLM-R1@90052f4)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vlm_r1_answers` as published (om-ai-lab/VLM-R1@90052f4)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VLM-R1's rewards for detection: mAP, AP50, odLength, weighted sum (om-ai-lab/VLM-R1@90052f4)."""
 
 from __future__ import annotations

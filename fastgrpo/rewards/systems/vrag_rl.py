@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VRAG-RL's reward (Alibaba-NLP/VRAG@24f8d05): gate, judge and retrieval quality."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vrag_rl` as published (Alibaba-NLP/VRAG@24f8d05)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The published code's recorded calls, as calls of our rewards and ops.
 
 `ADAPTERS[(system, function)]` maps the inputs of a recorded case to its output with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters of recorded cases that are advantages or objective terms, not rewards."""
 
 from __future__ import annotations

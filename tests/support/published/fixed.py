@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What compat="fixed" gives for VLM-R1's recorded quirks, derived by hand."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recorded calls of the published systems other than VLM-R1."""
 
 from __future__ import annotations

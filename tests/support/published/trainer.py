@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recorded calls of VLM-R1's trainer, as calls of our ops."""
 
 from __future__ import annotations

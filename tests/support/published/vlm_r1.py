@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recorded calls of VLM-R1's rewards and evaluation scripts."""
 
 from __future__ import annotations

@@ -196,10 +196,13 @@ def test_sequence_mean_skips_masked_nan():
 
 
 def test_column_aggregation():
-    rewards = torch.tensor([[1.0, 10.0], [0.0, 30.0], [torch.nan, 10.0], [torch.nan, torch.nan]])
+    rewards = torch.tensor([[1.0, 10.0], [0.0, 20.0], [torch.nan, 10.0], [torch.nan, torch.nan]])
     summed = fa.column_advantages(rewards, 2, weights=[2.0, 0.1])
-    assert summed[0] == summed[1] == 0.0 or summed[:2].sum().abs() < 1e-6
-    assert summed[3] == 0.0
+    # Sums of 3 and 2; a standard deviation of 2 ** -0.5; one scored row alone.
+    expected = torch.tensor([0.5, -0.5]).div(0.5**0.5 + 1e-4)
+    torch.testing.assert_close(summed[:2], expected)
+    assert summed[2:].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(fa.column_advantages(rewards, 2)[:2], -expected, rtol=2e-4, atol=0)
     opposed = torch.tensor([[1.0, 5.0], [0.0, 6.0]])
     gdpo = fa.column_advantages(opposed, 2, aggregation="normalize_then_sum")
     assert gdpo.tolist() == [0.0, 0.0]  # the two columns disagree and weigh the same

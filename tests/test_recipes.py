@@ -120,12 +120,12 @@ def trainer_of(recipe, folder, tmp_path):
         model_init_kwargs={"dtype": "float32"}, save_strategy="no", reward_weights=recipe.weights,
         lr_scheduler_type="constant", top_k=0,
     )  # fmt: skip
-    from trl import GRPOConfig
+    from fastgrpo.integrations.trl.config import RenamedConfig
 
     trainer = Scripted(
         model=str(folder),
         reward_funcs=[build_reward(r, group_size=G) for r in recipe.rewards],
-        args=GRPOConfig(**(settings | keep)),
+        args=RenamedConfig(**(settings | keep)),
         train_dataset=Dataset.from_list(rows(recipe)),
         rule=recipe.advantages,
         perception=recipe.perception,

@@ -231,6 +231,13 @@ def test_a_parameter_that_nothing_uses_is_named_once(caplog):
     assert caplog.text.count("require a gradient and get none: unused") == 1
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_text_batch_asks_no_gradient_of_what_only_images_reach(family, caplog):
+    model = tm.tiny_model(family)
+    fg.GRPOStep(model, fg.Objective())(tm.synthetic_groups(model, [((), 5, [4, 2])]))
+    assert "get none" not in caplog.text
+
+
 def test_self_check_with_nothing_to_score():
     model = tm.tiny_model("qwen2")
     empty = fg.Group(torch.tensor([1, 2]), [torch.zeros(0, dtype=torch.int64)])

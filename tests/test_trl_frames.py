@@ -48,6 +48,7 @@ def test_every_image_of_a_row_has_both_sizes(tmp_path):
     # at most 64 merged patches of 8 x 8 pixels: 4096 pixels, so 320 x 160 becomes 88 x 40
     assert third == {
         "model_frame": "seen", "image_sizes": [(320, 160)], "seen_sizes": [(88, 40)],
+        "image_grid_thw": [[1, 10, 22]],
     }  # fmt: skip
     unknown = frame_columns("seen", processor, images, {})
     assert unknown[0]["seen_sizes"] == [None, None]

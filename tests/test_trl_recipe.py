@@ -8,13 +8,14 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from fastgrpo import advantages as fa
 from fastgrpo.advantages.perception_rule import PerceptionRule
 from fastgrpo.advantages.rule import AdvantageRule, GroupFilter
 from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl import FastGRPOTrainer
+from fastgrpo.integrations.trl.config import RenamedConfig
 from fastgrpo.integrations.trl.perception import PERTURBED
 from fastgrpo.judges import CoTrainedReward
 from fastgrpo.objective import KLTerm, Objective
@@ -62,7 +63,7 @@ def make(folder, tmp_path, data=None, reward=length_reward, rule=None, perceptio
     return FastGRPOTrainer(
         model=str(folder),
         reward_funcs=[reward],
-        args=GRPOConfig(**(settings | options)),
+        args=RenamedConfig(**(settings | options)),
         train_dataset=Dataset.from_list(data or rows()),
         rule=rule,
         perception=perception,
@@ -203,14 +204,14 @@ def test_a_loss_of_its_own_cannot_be_combined_with_what_it_would_not_see(folder,
     settings["train_dataset"] = Dataset.from_list(rows())
     options = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     with pytest.raises(InputError, match="perception is not in TRL's loss, and Own has its own"):
-        Own(**settings, args=GRPOConfig(**options), perception=PerceptionRule(kl_coef=0.1))
+        Own(**settings, args=RenamedConfig(**options), perception=PerceptionRule(kl_coef=0.1))
     with pytest.raises(InputError, match="loss_type='gmpo' is not in TRL's loss"):
-        Own(**settings, args=GRPOConfig(**options, loss_type="gmpo"))
+        Own(**settings, args=RenamedConfig(**options, loss_type="gmpo"))
     with pytest.raises(InputError, match="loss_type.*'gmpa'"):
-        FastGRPOTrainer(**settings, args=GRPOConfig(**options, loss_type="gmpa"))
+        FastGRPOTrainer(**settings, args=RenamedConfig(**options, loss_type="gmpa"))
     adaptive = dict(loss_type="gmpo", use_adaptive_entropy=True, entropy_coef=0.01)
     with pytest.raises(InputError, match="use_adaptive_entropy: .*loss_type='gmpo'"):
-        FastGRPOTrainer(**settings, args=GRPOConfig(**options, **adaptive))
+        FastGRPOTrainer(**settings, args=RenamedConfig(**options, **adaptive))
 
 
 def test_rule_replaces_advantages_and_drops_filtered_groups(folder, tmp_path):
@@ -305,7 +306,7 @@ def test_a_perturbation_is_one_per_prompt_on_every_process(folder, tmp_path, mon
         monkeypatch.setattr(type(trainer.accelerator), "process_index", rank)
         for step in (0, 1):
             trainer.state.global_step = step
-            trainer._perturbed_pixels(trainer._batch_rows, inputs)
+            trainer._perturbed_images(trainer._batch_rows, inputs)
     assert len(seeds) == 4 * 8 and len(set(seeds)) == 4 * 2
     assert all(len(set(seeds[i : i + 4])) == 1 for i in range(0, len(seeds), 4))
 

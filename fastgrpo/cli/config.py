@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trl import GRPOConfig
-
 from fastgrpo.images import MAX_PIXELS
+from fastgrpo.integrations.trl.config import RenamedConfig
 
 
 def _option(default, help: str):
@@ -15,7 +14,7 @@ def _option(default, help: str):
 
 
 @dataclass
-class FastGRPOConfig(GRPOConfig):
+class FastGRPOConfig(RenamedConfig):
     """GRPOConfig with the data, rewards and acceleration of `fastgrpo train`."""
 
     recipe: str | None = _option(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.advantages.perception import quantile_mask
+from fastgrpo.engine.balance import RouterBalance
 from fastgrpo.engine.forward import extra_forwards, feature_store, forward_row
 from fastgrpo.engine.score import GroupScores, pack
 from fastgrpo.errors import InputError
@@ -166,11 +168,13 @@ def loss_of_groups(
     max_tokens: int | None = None,
     backend: str | None = None,
     placeholders: str = "refuse",
+    balance: RouterBalance | None = None,
 ) -> StepLoss:
     """The loss of `groups` as one tensor whose backward gives every gradient.
 
     (For a loop that calls backward itself; `GRPOStep` does so row by row.) The log-probs and
-    entropies it returns are constants. The denominators are those of the optimizer step.
+    entropies it returns are constants. The denominators are those of the optimizer step. `balance`
+    as in `score`: its loss is the caller's to add.
     """
     groups = hosted(groups)
     rows = pack(
@@ -193,7 +197,8 @@ def loss_of_groups(
     store, parts, results = feature_store(rows, detach=False), [], []
     for row in rows:
         batch = loss.inputs(groups, row.members, row.mask, loss_dtype(adapter))
-        result, part = loss(adapter, row, batch | totals, store)
+        with balance.watching(row) if balance else contextlib.nullcontext():
+            result, part = loss(adapter, row, batch | totals, store)
         parts.append(part)
         results.append(result)
         for column, field in ((result.logp, "logp"), (result.entropy, "entropy")):

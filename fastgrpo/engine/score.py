@@ -75,7 +75,7 @@ def score(
     options = {"entropy_grad": entropy_grad, "workspace_mb": workspace_mb}
     store = feature_store(rows, detach=False)
     for row in rows:
-        with balance.watching(row.layout) if balance else contextlib.nullcontext():
+        with balance.watching(row) if balance else contextlib.nullcontext():
             columns = score_row(adapter, row, temperature, outputs, store, **options)
         for column, field in zip(columns, ("logp", "entropy"), strict=False):
             for (g, c), value in zip(row.members, column.split(row.lengths), strict=True):

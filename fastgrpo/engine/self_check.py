@@ -65,12 +65,11 @@ def check_gradients(
     """Compares the gradients of sum_t s_t logp_t, s_t random in +-[0.5, 1.5], of both computations.
 
     `packed` and `plain` give the (N,) log-probs of the same tokens; without `images` among them the
-    vision tower is left out. `SelfCheckError` names a parameter whose gradient differs or
-    does not arrive, `InputError` says when no trainable parameter of the tower, or of the rest, has
-    any gradient even in the plain computation. `.grad` is left as it was.
+    tower and its projector are left out. `SelfCheckError` names a parameter whose gradient differs
+    or does not arrive, `InputError` says when no trainable parameter of these, or of the decoder,
+    has any gradient even in the plain computation. `.grad` is left as it was.
     """
-    tower = adapter.family.tower(adapter.core)
-    own = set(map(id, tower.parameters())) if tower is not None else set()
+    own = adapter.before_decoder()
     named = [
         (name, p)
         for name, p in adapter.core.named_parameters()

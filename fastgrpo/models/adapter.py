@@ -63,14 +63,21 @@ class Adapter:
 
         The projector counts: LLaVA's stands beside the tower, and may learn while that is frozen.
         """
-        if not self.family.vision_inputs:
-            return False
-        after = {id(p) for part in (self.core.get_decoder(), self.head) for p in part.parameters()}
-        return not any(
+        before = self.before_decoder()
+        return bool(before) and not any(
             p.requires_grad or "lora_" in name or "modules_to_save" in name
             for name, p in self.core.named_parameters()
-            if id(p) not in after
+            if id(p) in before
         )
+
+    def before_decoder(self) -> set[int]:
+        """The `id`s of the parameters that only images reach: of the tower and the projector."""
+        if not self.family.vision_inputs:
+            return set()
+        decoder = {
+            id(p) for part in (self.core.get_decoder(), self.head) for p in part.parameters()
+        }
+        return {id(p) for p in self.core.parameters()} - decoder
 
     def _compute_dtype(self) -> torch.dtype:
         kind = self.device.type

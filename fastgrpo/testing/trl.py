@@ -48,7 +48,8 @@ def build_trainer(cls, checkpoint: Path, output: Path, *, rows=None, reward=None
     """
     import transformers
     from datasets import Dataset
-    from trl import GRPOConfig
+
+    from fastgrpo.integrations.trl.config import RenamedConfig
 
     passed = {
         key: options.pop(key)
@@ -80,7 +81,7 @@ def build_trainer(cls, checkpoint: Path, output: Path, *, rows=None, reward=None
     return cls(
         model,
         reward or distinct_characters,
-        GRPOConfig(str(output), **(settings | options)),
+        RenamedConfig(str(output), **(settings | options)),
         train_dataset=Dataset.from_list(rows or [image_row(i) for i in range(8)]),
         processing_class=processor,
         **passed,

@@ -17,7 +17,6 @@ class BatchMixin:
 
     def _tokenize_prompts(self, prompts):
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)
-        self._grids = _grids_per_row(fields.get("image_grid_thw"), images)
         frame = model_frame(self.accelerator.unwrap_model(self.model).config)
         self._frames = images and frame_columns(frame, self.processing_class, images, fields)
         if images is not None and not self.use_vllm:
@@ -82,15 +81,6 @@ def loss_mask(inputs: dict) -> Tensor:
     """(B, C) tokens that count in the loss of a batch."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-
-
-def _grids_per_row(grids, images: list | None) -> list | None:
-    """Each row's (t, h, w) in patches as [[t, h, w]]; None for a row without exactly one image."""
-    if grids is None or images is None:
-        return None
-    remaining = iter(torch.as_tensor(grids).tolist())
-    rows = [[next(remaining) for _ in row or []] for row in images]
-    return [row if len(row) == 1 else None for row in rows]
 
 
 def take_rows(batch: dict, order: list[int]) -> dict:

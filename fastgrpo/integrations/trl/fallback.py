@@ -76,7 +76,9 @@ def padded_reason(trainer: GRPOTrainer) -> str | None:
                     effective_head(adapter.head)
     except InputError as error:
         return str(error)
-    for reason in (*map(_foreign_forward, adapters), _option(trainer), adapters[0].dropout()):
+    policy = adapters[0]
+    own = (_option(trainer), _unbalanced(trainer, policy), policy.dropout())
+    for reason in (*map(_foreign_forward, adapters), *own):
         if reason:
             return reason
     return None
@@ -101,8 +103,16 @@ def _option(trainer: GRPOTrainer) -> str | None:
     reasons = {
         "torch_compile": args.torch_compile and "the packed row changes its length every step",
         "cast_lm_head_to_fp32": args.cast_lm_head_to_fp32 and "the head has another dtype",
-        "router_aux_loss_coef": trainer.aux_loss_enabled
-        and "a packed row shows each prompt once to the load-balancing loss",
     }
     found = ((name, why) for name, why in reasons.items() if why)
     return next((f"{name}={getattr(args, name)}: {why}" for name, why in found), None)
+
+
+def _unbalanced(trainer: GRPOTrainer, policy: Adapter) -> str | None:
+    """Why the load-balancing loss of the policy's experts cannot come from packed rows."""
+    if trainer.aux_loss_enabled and not policy.family.routers(policy.core):
+        return (
+            f"router_aux_loss_coef={trainer.router_aux_loss_coef}: family {policy.family.name!r} "
+            "does not say which of its modules are routers"
+        )
+    return None

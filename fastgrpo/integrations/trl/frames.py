@@ -42,14 +42,20 @@ def frame_columns(
     """`model_frame`, `image_sizes` and `seen_sizes` of each row, {} for a row without images.
 
     `images` are each row's as the processor was given them, `fields` what it returned for all of
-    them, one after another. Sizes are (width, height), None where not known.
+    them, one after another. Sizes are (width, height), None where not known. Where the processor
+    gives grids of patches, a row of one image has VLM-R1's `image_grid_thw` too: [[t, h, w]].
     """
-    seen = iter(seen_sizes(processor, fields, sum(len(row or ()) for row in images)))
+    count = sum(len(row or ()) for row in images)
+    seen = iter(seen_sizes(processor, fields, count))
+    grids = iter(_listed(fields.get("image_grid_thw", [])))
     rows = []
     for row in images:
-        sizes = {"image_sizes": [_upright(image) for image in row or ()]}
-        sizes["seen_sizes"] = [next(seen) for _ in row or ()]
-        rows.append({"model_frame": frame, **sizes} if row else {})
+        told = {"model_frame": frame, "image_sizes": [_upright(image) for image in row or ()]}
+        told["seen_sizes"] = [next(seen) for _ in row or ()]
+        own = [grid for _, grid in zip(row or (), grids, strict=False)]
+        if len(own) == 1:
+            told["image_grid_thw"] = own
+        rows.append(told if row else {})
     return rows
 
 

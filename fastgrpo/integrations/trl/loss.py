@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastgrpo.engine.balance import RouterBalance
 from fastgrpo.engine.loss import OPTIONAL as LOSS_FIELDS
 from fastgrpo.engine.loss import RowLoss, StepLoss, loss_of_groups
 from fastgrpo.engine.self_check import SelfCheckError
@@ -27,6 +28,7 @@ from fastgrpo.integrations.trl.perception import (
 from fastgrpo.integrations.trl.rows import (
     IMAGE_FIELDS,
     LossTables,
+    Rows,
     anchor_row,
     read_rows,
     scatter,
@@ -55,7 +57,8 @@ class LossMixin:
     """`_compute_loss` on the engine's fused loss; TRL's own code still logs and keeps its state."""
 
     def _install_loss(self) -> None:
-        self._given: tuple[Tensor, Tensor] | None = None  # values TRL's loss is to log
+        # Log-probs, entropies and load-balancing loss that TRL's loss is to log.
+        self._given: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._loss_checked = False
         own = self._own_loss_because()
         theirs = next((name for name in LOSS_METHODS if self._changed(name)), None)
@@ -125,6 +128,7 @@ class LossMixin:
             self.fast.skip_zero_gradient
             and self.accelerator.num_processes == 1  # a forward with gradient is a collective
             and not self._changed("_compute_loss")
+            and not self.aux_loss_enabled
             and self._row_loss(inputs).vanishes_with_advantage
         )
 
@@ -146,10 +150,15 @@ class LossMixin:
         members, idle = scorable(rows), []
         if torch.is_grad_enabled() and self._advantages_are_the_only_weights(inputs):
             idle = without_gradient(rows, members, tables.weightless())
-        live, idle = anchor_row(rows, members, idle, needed=self._anchored())
-        step = self._loss_of(loss, model, tables.groups(rows, live), totals)
+        balance = self._router_balance(model, rows) if self.aux_loss_enabled else None
+        live, idle = self._rows_to_run(rows, members, idle, balance)
+        step = self._loss_of(loss, model, tables.groups(rows, live), totals, balance)
         with torch.no_grad():
             rest = self._loss_of(loss, model, tables.groups(rows, idle), totals)
+        total, aux = step.loss, None
+        if balance:
+            aux = balance.loss()
+            total = total + self.router_aux_loss_coef * aux / self._accumulation
         scores, scored = step.scores + rest.scores, live + idle
         logps = scatter([s.logp[0] for s in scores], scored, rows)
         entropies = scatter([s.entropy[0] for s in scores], scored, rows)
@@ -158,18 +167,42 @@ class LossMixin:
             given["mm_token_type_ids"] = inputs.get("mm_token_type_ids")
             self._self_check(model, rows, members, logps, given, loss_mask(inputs))
         if self._own_loss_because() is None:
-            self._log_as_trl(model, inputs, (logps, entropies), step.loss)
-            return step.loss
+            self._log_as_trl(model, inputs, (logps, entropies, aux), total)
+            return total
         missing = [row for row in range(len(rows.prompts)) if row not in set(scored)]
         results = [*step.results, *rest.results, self._unscored(loss, tables, missing, totals)]
         self._log_own(results, totals)
-        return step.loss + self._constant(loss, inputs, totals)
+        if aux is not None:
+            self._metrics[self._mode]["aux_loss"].append(
+                self.accelerator.gather(aux.detach()).mean().item()
+            )
+        return total + self._constant(loss, inputs, totals)
 
     def _anchored(self) -> bool:
         """Whether a forward must run whatever there is to score (see `anchor_row`)."""
         return torch.is_grad_enabled() or self.accelerator.num_processes > 1
 
-    def _loss_of(self, loss: RowLoss, model, groups: list, totals: dict) -> StepLoss:
+    def _router_balance(self, model, rows: Rows) -> RouterBalance:
+        """Collects the load-balancing loss of all rows, which are then the groups that run."""
+        empty = {(row, 0) for row, ids in enumerate(rows.completions) if not ids.numel()}
+        return RouterBalance(Adapter(model), uncounted=empty)
+
+    def _rows_to_run(
+        self, rows: Rows, members: list[int], idle: list[int], balance: RouterBalance | None
+    ) -> tuple[list[int], list[int]]:
+        """With gradient, and without (`idle`). Routers are balanced over every prompt."""
+        if balance is not None:
+            return list(range(len(rows.prompts))), []
+        return anchor_row(rows, members, idle, needed=self._anchored())
+
+    def _loss_of(
+        self,
+        loss: RowLoss,
+        model,
+        groups: list,
+        totals: dict,
+        balance: RouterBalance | None = None,
+    ) -> StepLoss:
         max_tokens = self.fast.max_tokens
         if self.accelerator.num_processes > 1:
             # DDP expects one forward per backward; passes without gradient go around it.
@@ -185,6 +218,7 @@ class LossMixin:
                 max_tokens=max_tokens,
                 backend=self.fast.backend,
                 placeholders="neutralize",
+                balance=balance,
                 **totals,
             )
 
@@ -264,13 +298,15 @@ class LossMixin:
         own = max(tables.num_tokens, 1) * self._accumulation
         return coef * max(float(totals["num_tokens"]), 1.0) / own
 
-    def _log_as_trl(self, model, inputs, values: tuple[Tensor, Tensor], loss: Tensor) -> None:
+    def _log_as_trl(
+        self, model, inputs, values: tuple[Tensor, Tensor, Tensor | None], loss: Tensor
+    ) -> None:
         """TRL's own loss on the values just made: its metrics, its entropy controller."""
-        logps, entropies = values
+        logps, *rest = values
         known = inputs.get("old_per_token_logps", inputs.get("ref_per_token_logps"))
         if known is not None:  # ratios of tokens that do not count must not overflow
             logps = torch.where(loss_mask(inputs).bool(), logps, known)
-        self._given = logps, entropies
+        self._given = logps, *rest
         try:
             with torch.no_grad():
                 expected = super()._compute_loss(model, inputs)

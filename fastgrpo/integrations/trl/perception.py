@@ -21,6 +21,8 @@ from fastgrpo.advantages.perception_rule import PerceptionRule
 from fastgrpo.errors import InputError
 from fastgrpo.images.perturb import perturb
 from fastgrpo.integrations.trl.batches import loss_mask
+from fastgrpo.integrations.trl.rows import IMAGE_FIELDS
+from fastgrpo.models.adapter import Adapter
 from fastgrpo.objective import KLStream, Objective
 from fastgrpo.ops.grpo_loss import grpo_loss
 
@@ -90,18 +92,19 @@ class PerceptionMixin:
     def _apply_perception(self, inputs: list[dict], output: dict) -> None:
         rule = self.perception
         with torch.no_grad():
-            perturbed = self._policy_logps(output, self._perturbed_pixels(inputs, output))
+            perturbed = self._policy_logps(output | self._perturbed_images(inputs, output))
             old = output.get("old_per_token_logps")
             if rule.token_share is not None or rule.weight_minimum is not None:
                 if old is None:
-                    old = self._policy_logps(output, output["pixel_values"])
+                    old = self._policy_logps(output)
                 self._weigh(output, old, perturbed)
         if rule.has_loss_terms:
             output[PERTURBED] = perturbed
 
-    def _perturbed_pixels(self, inputs: list[dict], output: dict) -> Tensor:
-        """(patches, dim) pixel values of the perturbed images, one perturbation per prompt."""
-        if output.get("pixel_values") is None:
+    def _perturbed_images(self, inputs: list[dict], output: dict) -> dict[str, Tensor]:
+        """The family's vision inputs for the perturbed images, one perturbation per prompt."""
+        family = Adapter(self.accelerator.unwrap_model(self.model)).family
+        if not any(output.get(name) is not None for name in family.vision_inputs):
             raise InputError("perception: this batch has no images to perturb")
         images = []
         first = self.accelerator.process_index * len(inputs)
@@ -113,16 +116,20 @@ class PerceptionMixin:
                 seed = (self.args.seed * 1_000_003 + group * 64 + index) % 2**32
                 options = self.perception.options
                 images.append(perturb(image, self.perception.perturbation, seed=seed, **options))
-        pixels = self.processing_class.image_processor(images=images, return_tensors="pt")
-        pixels = pixels["pixel_values"].to(output["pixel_values"])
-        if pixels.shape != output["pixel_values"].shape:
-            raise InputError(
-                f"perception: perturbed images give {tuple(pixels.shape)} pixel values, the "
-                f"originals {tuple(output['pixel_values'].shape)}"
-            )
-        return pixels
+        processed = self.processing_class.image_processor(images=images, return_tensors="pt")
+        perturbed = {}
+        for name in family.vision_inputs:
+            own, other = output[name], processed.get(name)
+            if other is None or other.shape != own.shape:
+                came = None if other is None else tuple(other.shape)
+                raise InputError(
+                    f"perception: {name} of the perturbed images is {came}, of the originals "
+                    f"{tuple(own.shape)}"
+                )
+            perturbed[name] = other.to(own)
+        return perturbed
 
-    def _policy_logps(self, output: dict, pixel_values: Tensor) -> Tensor:
+    def _policy_logps(self, output: dict) -> Tensor:
         input_ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
         attention_mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
         logps, _, _ = self._get_per_token_logps_and_entropies(
@@ -131,10 +138,9 @@ class PerceptionMixin:
             attention_mask,
             output["completion_ids"].shape[1],
             batch_size=self.args.per_device_train_batch_size,
-            pixel_values=pixel_values,
-            image_grid_thw=output["image_grid_thw"],
             num_images=output["num_images"],
             mm_token_type_ids=output.get("mm_token_type_ids"),
+            **{name: output[name] for name in IMAGE_FIELDS if name in output},
         )
         return logps
 

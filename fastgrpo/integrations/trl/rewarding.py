@@ -38,7 +38,6 @@ class RewardMixin:
         self.rule = rule
         self._unguarded = list(self.reward_funcs)
         self._rewards: Tensor | None = None
-        self._grids: list | None = None
         self._frames: list[dict] | None = None
         self._batch_rows: list[dict] = []
         self._logged_reasons: set[str] = set()
@@ -64,19 +63,13 @@ class RewardMixin:
         return generated
 
     def with_frames(self, inputs: list[dict]) -> list[dict]:
-        """The rows with `model_frame`, `image_sizes`, `seen_sizes` beside their own columns."""
+        """The rows with what `frame_columns` tells of them beside their own columns."""
         if not self._frames or len(self._frames) != len(inputs):
             return inputs
         blank = dict.fromkeys(key for row in self._frames for key in row)
         return [blank | frames | row for frames, row in zip(self._frames, inputs, strict=True)]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        if self._grids is not None and len(self._grids) == len(inputs):
-            # The resolution the model saw, for rewards that compare pixels; VLM-R1's column.
-            inputs = [
-                {"image_grid_thw": grid} | row
-                for grid, row in zip(self._grids, inputs, strict=True)
-            ]
         inputs = self.with_frames(inputs)
         training = self.fast.guard_rewards and self._mode == "train"
         if training:

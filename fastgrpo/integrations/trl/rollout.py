@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl.extras.profiling import profiling_context
 
 from fastgrpo.errors import InputError
-from fastgrpo.integrations.trl.support import give_back_attention
+from fastgrpo.integrations.trl.attention import give_back_attention
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing import Group
 from fastgrpo.packing.planner import regroup

@@ -12,7 +12,6 @@ from packaging.version import Version
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from fastgrpo import attention
 from fastgrpo.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ def check_trainer(trainer: GRPOTrainer, own: type, *, self_check: bool = True) -
     _check_parallelism(trainer)
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
-            fused_forward(_core(trainer.accelerator.unwrap_model(model)))
+            fused_forward(core_model(trainer.accelerator.unwrap_model(model)))
     if not tested:
         logger.warning(
             "trl %s has not been tested with fastgrpo (%s has): its methods have the parameters "
@@ -142,18 +141,5 @@ def fused_forward(model: torch.nn.Module):
     return below
 
 
-def _core(model: torch.nn.Module) -> torch.nn.Module:
+def core_model(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def give_back_attention(trainer: GRPOTrainer) -> None:
-    """Gives the models the attention they came with, for code that asks for it by name.
-
-    The next packed row takes it again. Not between a forward and its backward: gradient
-    checkpointing runs the forward once more.
-    """
-    for model in (trainer.model, trainer.ref_model):
-        if model is not None:
-            core = _core(trainer.accelerator.unwrap_model(model))
-            if attention.is_installed(core):
-                attention.uninstall(core)

@@ -12,9 +12,10 @@ from trl import GRPOTrainer
 
 from fastgrpo.advantages.perception_rule import PerceptionRule
 from fastgrpo.advantages.rule import AdvantageRule
-from fastgrpo.engine import score
+from fastgrpo.engine import RouterBalance, score
 from fastgrpo.engine.self_check import computed_exactly
 from fastgrpo.errors import InputError
+from fastgrpo.integrations.trl.attention import AttentionMixin
 from fastgrpo.integrations.trl.batches import BatchMixin
 from fastgrpo.integrations.trl.checkpoints import CheckpointMixin
 from fastgrpo.integrations.trl.fallback import FallbackMixin
@@ -26,7 +27,6 @@ from fastgrpo.integrations.trl.rewarding import RewardMixin
 from fastgrpo.integrations.trl.rollout import RolloutMixin
 from fastgrpo.integrations.trl.rows import (
     IMAGE_FIELDS,
-    anchor_row,
     as_groups,
     read_rows,
     scatter,
@@ -93,6 +93,7 @@ class _FastMixin(
     RolloutMixin,
     FallbackMixin,
     BatchMixin,
+    AttentionMixin,
     FiniteStepsMixin,
 ):
     """The methods that replace TRL's; see `accelerate`."""
@@ -148,7 +149,7 @@ class _FastMixin(
         `fields` are the images' inputs, whichever the model's family has.
         """
         if self._given is not None:
-            return *self._given, None
+            return self._given
         if self._unserved():
             return super()._get_per_token_logps_and_entropies(
                 model,
@@ -176,8 +177,9 @@ class _FastMixin(
         if torch.is_grad_enabled() and self._weightless is not None:
             idle = without_gradient(rows, members, self._weightless)
         outputs = ("logp", "entropy") if compute_entropy else ("logp",)
-        live, idle = anchor_row(rows, members, idle, needed=self._anchored())
-        scores = self._score(model, as_groups(rows, live), outputs)
+        balance = self._router_balance(model, rows) if compute_aux_loss else None
+        live, idle = self._rows_to_run(rows, members, idle, balance)
+        scores = self._score(model, as_groups(rows, live), outputs, balance)
         with torch.no_grad():
             scores += self._score(model, as_groups(rows, idle), outputs)
         logps = scatter([s.logp[0] for s in scores], live + idle, rows)
@@ -189,7 +191,7 @@ class _FastMixin(
             given["mm_token_type_ids"] = mm_token_type_ids
             counted = attention_mask[:, -logits_to_keep:]
             self._self_check(model, rows, members, logps, given, counted)
-        return logps, entropies, None
+        return logps, entropies, balance and balance.loss()
 
     def _check_images(self, batch: dict) -> None:
         """The images' inputs of a batch (keys are TRL's) are those of the model's family."""
@@ -201,7 +203,13 @@ class _FastMixin(
                 f"{foreign[0]}: images of family {family.name!r} come in {family.vision_inputs}"
             )
 
-    def _score(self, model: nn.Module, groups: list[Group], outputs: tuple[str, ...]) -> list:
+    def _score(
+        self,
+        model: nn.Module,
+        groups: list[Group],
+        outputs: tuple[str, ...],
+        balance: RouterBalance | None = None,
+    ) -> list:
         if not groups:
             return []
         max_tokens = self.fast.max_tokens
@@ -222,6 +230,7 @@ class _FastMixin(
                 # TRL's loss needs it for its bonus only; another's may for anything.
                 entropy_grad=self._entropy_bonus_enabled or self._changed("_compute_loss"),
                 workspace_mb=self.fast.workspace_mb,
+                balance=balance,
                 self_check=False,  # TRLCheck compares more rows, with TRL's own values
                 placeholders="neutralize",
             )

@@ -27,6 +27,14 @@ def _seed_and_poison():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A tiny Qwen2.5-VL and its processor, for trainers to load; nobody writes to it."""
+    from fastgrpo.testing.trl import save_checkpoint
+
+    return save_checkpoint(tmp_path_factory.mktemp("tiny") / "qwen2_5_vl")
+
+
 def pytest_ignore_collect(collection_path, config):
     """`-m gpu` imports the test_gpu_*.py alone, which need no package but torch, triton,
     transformers and pytest: a machine with a GPU need have no other."""

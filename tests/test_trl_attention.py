@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever is not ours finds the attention that the model came with."""
 
 import pytest
@@ -13,15 +14,9 @@ from fastgrpo.testing.trl import (  # noqa: E402
     build_trainer,
     distinct_characters,
     image_row,
-    save_checkpoint,
 )
 
 ROWS = [image_row(0, 1), image_row(1, 0)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("tiny") / "qwen2_5_vl")
 
 
 class Watch(TrainerCallback):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The load-balancing loss of a mixture of experts under TRL: from packed rows, TRL's numbers."""
 
 import pytest

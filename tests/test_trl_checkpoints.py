@@ -15,15 +15,10 @@ from transformers import TrainerCallback  # noqa: E402
 from fastgrpo.checkpoints import fault_of, newest_complete  # noqa: E402
 from fastgrpo.errors import InputError  # noqa: E402
 from fastgrpo.integrations.trl import FastGRPOTrainer  # noqa: E402
-from fastgrpo.testing.trl import build_trainer, save_checkpoint, steps_of  # noqa: E402
+from fastgrpo.testing.trl import build_trainer, steps_of  # noqa: E402
 
 SAVING = dict(save_strategy="steps", save_steps=1, optim="adamw_torch", learning_rate=1e-3)
 SAME = ("loss", "grad_norm", "reward", "kl", "entropy", "completions/mean_length")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 def trained(checkpoint, output, *, resume=None, **options):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings under old and new names alike."""
 
 import warnings

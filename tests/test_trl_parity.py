@@ -14,19 +14,12 @@ pytest.importorskip("trl")
 
 from trl_runs import PATHS, compare  # noqa: E402
 
-from fastgrpo.testing.trl import save_checkpoint  # noqa: E402
-
 LOSSES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 LEVELS = ("token", "sequence")
 BETAS = (0.0, 0.04)
 ITERATIONS = (1, 2)
 ACCUMULATION = (1, 3)
 FACTORS = (LOSSES, LEVELS, BETAS, ITERATIONS, ACCUMULATION, PATHS)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("tiny") / "qwen2_5_vl")
 
 
 def settings(loss, level, beta, iterations, accumulation):

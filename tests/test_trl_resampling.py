@@ -14,14 +14,8 @@ from fastgrpo.testing.trl import (  # noqa: E402
     build_trainer,
     distinct_characters,
     image_row,
-    save_checkpoint,
     steps_of,
 )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("ck"))
 
 
 def rows(num_rows=8):

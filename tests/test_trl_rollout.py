@@ -18,14 +18,9 @@ from fastgrpo.integrations.trl.rollout import (
     unserved_setting,
 )
 from fastgrpo.testing import models
-from fastgrpo.testing.trl import build_trainer, image_row, save_checkpoint, steps_of
+from fastgrpo.testing.trl import build_trainer, image_row, steps_of
 
 MIXED = [image_row(0, 1), image_row(1, 0), image_row(2, 2), image_row(3, 1)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("tiny") / "qwen2_5_vl")
 
 
 def test_greedy_rollouts_are_those_of_trl(checkpoint, tmp_path):

@@ -1,15 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs of TRL's trainer and of ours with the same seeds, and how far their logs differ."""
 
 from trl import GRPOTrainer
 
 from fastgrpo.integrations.trl import FastGRPOTrainer
-from fastgrpo.testing.trl import build_trainer, steps_of
+from fastgrpo.testing.trl import build_trainer, image_row, steps_of
 
 TOLERANCE = 1e-4
 CLOCKS = ("step_time", "epoch")
 # TRL's own shuffle, so that micro-batches hold the same rows, and its residue in equal groups.
 SAME_ROWS = {"keep_groups": False, "exact_zero_advantages": False}
 PATHS = ("fused", "per_token")
+MIXED = [image_row(0, 1), image_row(1, 0), image_row(2, 2), image_row(3, 1)]
+IMAGES = [image_row(i) for i in range(4)]  # stock TRL cannot take a micro-batch of text rows alone
 
 
 class StockTrainer(GRPOTrainer):
@@ -65,3 +68,29 @@ def compare(checkpoint, tmp_path, paths=PATHS, fast=SAME_ROWS, **options):
         assert worst <= TOLERANCE, path
         runs.append(ours)
     return stock, *runs
+
+
+def agree(ours, theirs, metrics=("loss", "grad_norm", "reward", "kl", "entropy")):
+    ours, theirs = steps_of(ours), steps_of(theirs)
+    assert len(ours) == len(theirs) > 0
+    for metric in metrics:
+        a, b = ([entry[metric] for entry in run if metric in entry] for run in (ours, theirs))
+        assert len(a) == len(b) > 0, metric
+        scale = max(map(abs, b))
+        assert max(abs(x - y) for x, y in zip(a, b, strict=True)) <= TOLERANCE * scale, metric
+
+
+def train_both(checkpoint, tmp_path, metrics=None, fast=SAME_ROWS, **options):
+    """Ours and stock TRL after four steps on `MIXED` rows, agreeing in `metrics`."""
+    options = {"max_steps": 4, "rows": MIXED} | options
+    runs = []
+    for name, cls, extra in (("s", StockTrainer, {}), ("f", FastGRPOTrainer, {"fast": fast})):
+        runs.append(build_trainer(cls, checkpoint, tmp_path / name, **extra, **options))
+        runs[-1].train()
+    stock, ours = runs
+    agree(ours, stock, *([metrics] if metrics else []))
+    return ours, stock
+
+
+def equal_rewards(value):
+    return lambda completions, **columns: [value] * len(completions)

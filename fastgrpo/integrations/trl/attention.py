@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model's attention is ours between a packed forward and its backward, and no longer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TRL's settings under the names that the installed transformers has for them."""
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ class RouterBalance:
         probability = probability.float()
         weight = weight.to(probability.dtype)
         counted = torch.zeros_like(probability).scatter_(1, chosen, 1.0).detach()
-        self._assigned.append(weight @ counted)
-        self._probability.append(weight @ probability)
+        for sums, values in ((self._assigned, counted), (self._probability, probability)):
+            sums.append((weight[:, None] * values).sum(0))  # a matmul would be autocast to bfloat16
 
     def loss(self) -> Tensor:
         """The scalar loss over every row watched so far."""

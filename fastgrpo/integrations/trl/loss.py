@@ -133,16 +133,17 @@ class LossMixin:
         )
 
     def _fused_loss(self, model, inputs) -> Tensor:
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        given = {
+            "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+            "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+            "mm_token_type_ids": inputs.get("mm_token_type_ids"),
+        }
         rows = read_rows(
-            ids,
-            attention_mask,
-            inputs["completion_ids"].shape[1],
-            Adapter(model).family,
-            {name: inputs.get(name) for name in IMAGE_FIELDS},
+            **given,
+            num_columns=inputs["completion_ids"].shape[1],
+            family=Adapter(model).family,
+            fields={name: inputs.get(name) for name in IMAGE_FIELDS},
             num_images=inputs.get("num_images"),
-            mm_token_type_ids=inputs.get("mm_token_type_ids"),
         )
         tables = LossTables(inputs["advantages"], loss_mask(inputs), self._optional_columns(inputs))
         totals = self._denominators(inputs, tables)
@@ -163,19 +164,13 @@ class LossMixin:
         logps = scatter([s.logp[0] for s in scores], scored, rows)
         entropies = scatter([s.entropy[0] for s in scores], scored, rows)
         if self.fast.self_check:
-            given = {"input_ids": ids, "attention_mask": attention_mask}
-            given["mm_token_type_ids"] = inputs.get("mm_token_type_ids")
             self._self_check(model, rows, members, logps, given, loss_mask(inputs))
         if self._own_loss_because() is None:
             self._log_as_trl(model, inputs, (logps, entropies, aux), total)
             return total
-        missing = [row for row in range(len(rows.prompts)) if row not in set(scored)]
+        missing = len(rows.prompts) - len(scored)
         results = [*step.results, *rest.results, self._unscored(loss, tables, missing, totals)]
-        self._log_own(results, totals)
-        if aux is not None:
-            self._metrics[self._mode]["aux_loss"].append(
-                self.accelerator.gather(aux.detach()).mean().item()
-            )
+        self._log_own(results, totals, aux)
         return total + self._constant(loss, inputs, totals)
 
     def _anchored(self) -> bool:
@@ -323,7 +318,7 @@ class LossMixin:
                 "trained. Please report these settings; self_check=False skips the check."
             )
 
-    def _log_own(self, results: Sequence[GRPOLoss], totals: dict) -> None:
+    def _log_own(self, results: Sequence[GRPOLoss], totals: dict, aux: Tensor | None) -> None:
         """TRL's metrics of a loss that is not TRL's, over all processes."""
         names = list(results[0].stat_names)
         stats = self.accelerator.gather(torch.stack([result.stats for result in results]))
@@ -338,19 +333,19 @@ class LossMixin:
             metrics["policy_loss"].append(policy * per_batch)
             if self._mode == "train" and self.accelerator.sync_gradients:
                 metrics["entropy_coef"].append(self.entropy_coef)
+        if aux is not None:
+            metrics["aux_loss"].append(self.accelerator.gather(aux.detach()).mean().item())
         if "kl_terms/0" in merged:
             metrics["fastgrpo/perception_kl"].append(merged["kl_terms/0"])
             coefficient = self.perception.kl_coef(*self._progress)
             metrics["fastgrpo/perception_kl_coef"].append(coefficient)
 
-    def _unscored(
-        self, loss: RowLoss, tables: LossTables, rows: list[int], totals: dict
-    ) -> GRPOLoss:
+    def _unscored(self, loss: RowLoss, tables: LossTables, num_rows: int, totals: dict) -> GRPOLoss:
         """The part of rows without a token: sequences that metrics of sequences count."""
         empty = torch.zeros(0, device=self.accelerator.device)
         return grpo_loss(
             empty,
-            torch.zeros(len(rows), device=self.accelerator.device),
+            torch.zeros(num_rows, device=self.accelerator.device),
             loss.obj,
             seq_ids=empty.long(),
             entropy=empty,

@@ -27,6 +27,7 @@ from fastgrpo.integrations.trl.rewarding import RewardMixin
 from fastgrpo.integrations.trl.rollout import RolloutMixin
 from fastgrpo.integrations.trl.rows import (
     IMAGE_FIELDS,
+    Rows,
     as_groups,
     read_rows,
     scatter,
@@ -164,15 +165,26 @@ class _FastMixin(
                 **fields,
             )
         self._check_images(fields)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        given["mm_token_type_ids"] = mm_token_type_ids
         rows = read_rows(
-            input_ids,
-            attention_mask,
-            logits_to_keep,
-            Adapter(model).family,
-            fields,
+            **given,
+            num_columns=logits_to_keep,
+            family=Adapter(model).family,
+            fields=fields,
             num_images=num_images,
-            mm_token_type_ids=mm_token_type_ids,
         )
+        return self._packed_values(model, rows, given, compute_entropy, compute_aux_loss)
+
+    def _packed_values(
+        self,
+        model: nn.Module,
+        rows: Rows,
+        given: dict[str, Tensor | None],
+        compute_entropy: bool,
+        compute_aux_loss: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The values of `rows`; `given` are the tensors they were read from."""
         members, idle = scorable(rows), []
         if torch.is_grad_enabled() and self._weightless is not None:
             idle = without_gradient(rows, members, self._weightless)
@@ -187,9 +199,7 @@ class _FastMixin(
         if compute_entropy:
             entropies = scatter([s.entropy[0] for s in scores], live + idle, rows)
         if self.fast.self_check:
-            given = {"input_ids": input_ids, "attention_mask": attention_mask}
-            given["mm_token_type_ids"] = mm_token_type_ids
-            counted = attention_mask[:, -logits_to_keep:]
+            counted = given["attention_mask"][:, -rows.num_columns :]
             self._self_check(model, rows, members, logps, given, counted)
         return logps, entropies, balance and balance.loss()
 

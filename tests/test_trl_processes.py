@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes: groups that straddle them, ranks with nothing to learn, TRL's numbers."""
 
-import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -49,26 +47,13 @@ JOB = textwrap.dedent(
 
 
 def launch(script, *arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), *map(str, arguments)],
-            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=150)
-            assert process.returncode == 0, output.decode()[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    """The script in two processes of one group; the launcher's own store chooses a free port."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(script), *map(str, arguments)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.slow

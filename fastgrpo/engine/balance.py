@@ -82,4 +82,4 @@ class RouterBalance:
         assigned, probability = (
             torch.stack(sums).sum(0) for sums in (self._assigned, self._probability)
         )
-        return len(assigned) * (assigned @ probability) / self._tokens**2
+        return len(assigned) * (assigned * probability).sum() / self._tokens**2

@@ -148,7 +148,7 @@ def test_the_perturbed_pass_sees_other_pixels_of_the_same_size(folder, tmp_path)
     trainer = make(folder, tmp_path, perception=rule)
     ahead = prepared(trainer)
     with torch.no_grad():
-        plain = trainer._policy_logps(ahead, ahead["pixel_values"])
+        plain = trainer._policy_logps(ahead)
     mask = ahead["completion_mask"].bool()
     assert (plain[mask] - ahead[PERTURBED][mask]).abs().max() > 1e-3
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A drop-in for TRL's GRPOTrainer, trl 1.16."""
+"""A drop-in for TRL's GRPOTrainer, tested with trl 1.16."""
 
 from fastgrpo.integrations.trl.guard import RewardGuard
 from fastgrpo.integrations.trl.recorder import record

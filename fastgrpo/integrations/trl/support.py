@@ -24,6 +24,9 @@ METHODS = {
     "pixel_attention_mask spatial_shapes num_tiles image_sizes token_type_ids mm_token_type_ids "
     "image_position_ids",
     "_compute_loss": "model inputs",
+    "training_step": "model inputs num_items_in_batch",
+    "prediction_step": "model inputs prediction_loss_only ignore_keys",
+    "_get_train_sampler": "dataset",
     "_tokenize_prompts": "prompts",
     "_generate_single_turn": "prompt_ids images multimodal_fields num_generations has_tool_images",
     "_generate": "prompts",

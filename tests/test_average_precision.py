@@ -21,38 +21,37 @@ IMPLS = ["reference", pytest.param("cpp", marks=CPP)]
 COCO_AREAS = (0.0, 1e10)
 
 
-def coco_stats(sample) -> list[float]:
-    """stats[0], stats[1], stats[2] of COCOeval, the sample being its only image."""
-    pred, pred_labels, scores, gt, gt_labels = sample
+def coco_stats(*samples) -> list[float]:
+    """stats[0], stats[1], stats[2] of COCOeval, each sample an image."""
 
     def xywh(box):
         return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
+    annotations, results, images = [], [], range(1, len(samples) + 1)
+    for image, (pred, pred_labels, scores, gt, gt_labels) in zip(images, samples, strict=True):
+        annotations += [
+            {
+                "image_id": image,
+                "category_id": label,
+                "bbox": xywh(box),
+                "area": (box[2] - box[0]) * (box[3] - box[1]),
+                "iscrowd": 0,
+            }
+            for box, label in zip(gt, gt_labels, strict=True)
+        ]
+        results += [
+            {"image_id": image, "category_id": label, "bbox": xywh(box), "score": score}
+            for box, label, score in zip(pred, pred_labels, scores, strict=True)
+        ]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = {
-            "images": [{"id": 1, "width": 2048, "height": 2048}],
-            "categories": [{"id": label} for label in sorted(set(gt_labels))],
-            "annotations": [
-                {
-                    "id": i,
-                    "image_id": 1,
-                    "category_id": label,
-                    "bbox": xywh(box),
-                    "area": (box[2] - box[0]) * (box[3] - box[1]),
-                    "iscrowd": 0,
-                }
-                for i, (box, label) in enumerate(zip(gt, gt_labels, strict=True), 1)
-            ],
+            "images": [{"id": image, "width": 2048, "height": 2048} for image in images],
+            "categories": [{"id": label} for label in sorted({x for s in samples for x in s[4]})],
+            "annotations": [entry | {"id": i} for i, entry in enumerate(annotations, 1)],
         }
         truth.createIndex()
-        found = truth.loadRes(
-            [
-                {"image_id": 1, "category_id": label, "bbox": xywh(box), "score": score}
-                for box, label, score in zip(pred, pred_labels, scores, strict=True)
-            ]
-        )
-        evaluation = COCOeval(truth, found, "bbox")
+        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -76,7 +75,7 @@ def ours(samples, impl, **options) -> torch.Tensor:
         impl=impl,
         **options,
     )
-    return torch.stack([ap.mean(1), ap[:, 0], ap[:, 5]], 1)
+    return torch.stack([ap.mean(-1), ap[..., 0], ap[..., 5]], -1)
 
 
 def random_sample(rng, preds, gts, classes=3, levels=None, smallest=1):
@@ -123,6 +122,34 @@ def test_average_precision_with_coco_areas_is_pycocotools_on_reversed_boxes(impl
     # Without area ranges every box counts, and the value is a proportion.
     counted = ours(samples, impl)
     assert ((counted >= 0) & (counted <= 1)).all()
+
+
+def test_pooled_average_precision_is_pycocotools_over_several_images():
+    rng = np.random.default_rng(2)
+    for levels in (None, 1, 3):
+        for areas in (None, COCO_AREAS):
+            samples = [
+                random_sample(rng, int(rng.integers(1, 30)), int(rng.integers(1, 9)), levels=levels)
+                for _ in range(12)
+            ]
+            want = torch.tensor(coco_stats(*samples), dtype=torch.float64)
+            got = ours(samples, None, pooled=True, area_range=areas)
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+            assert abs(ours(samples, None).mean(0) - got).max() > 1e-3  # not the mean of the images
+
+
+def test_pooled_average_precision_by_hand():
+    """Two images: a hit in each, and a miss of the first that outranks the second's hit."""
+    images = [([BOX, FAR], [1, 1], [0.9, 0.8], [BOX], [1]), ([BOX], [1], [0.7], [BOX], [1])]
+    # precision 1 up to recall 1/2, 2/3 beyond: 51 of 101 recall levels are at most 1/2
+    want = (51 + 50 * 2 / 3) / 101
+    assert ours(images, None, pooled=True).tolist() == pytest.approx([want] * 3, abs=1e-12)
+    empty = [([], [], [], [], []), ([BOX], [1], [1.0], [], [])]
+    assert ours(empty[:1], None, pooled=True).tolist() == [1.0] * 3
+    assert ours(empty, None, pooled=True).tolist() == [0.0] * 3
+    assert ours(empty, None, pooled=True, area_range=COCO_AREAS).tolist() == [-1.0] * 3
+    with pytest.raises(fg.InputError, match="pooled=True has the reference alone, got 'cpp'"):
+        ours(images, "cpp", pooled=True)
 
 
 BOX, FAR = [0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0]

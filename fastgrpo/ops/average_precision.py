@@ -30,6 +30,7 @@ def average_precision(
     area_range: tuple[float, float] | None = None,
     per_threshold: bool = False,
     impl: str | None = None,
+    pooled: bool = False,
 ) -> torch.Tensor:
     """Average precision of each sample as pycocotools computes it for one image.
 
@@ -51,6 +52,11 @@ def average_precision(
     (x2 - x1) * (y2 - y1) is outside counts neither as ground truth nor as a false positive, and a
     sample where no ground truth counts is -1.
 
+    `pooled=True` is COCO's figure of a data set whose images are the samples: the outcomes of a
+    class are ranked over all samples before precision and recall are formed, equal scores in the
+    order of the samples, and the mean is over the classes of the whole ground truth. The result is
+    () or, per threshold, (number of thresholds,), by the reference alone.
+
     impl: "reference", "cpp", "cuda"; None picks the fastest there is.
 
     Raises InputError for shapes, sizes or thresholds outside (0, 1] that do not fit.
@@ -70,13 +76,16 @@ def average_precision(
     if max_dets < 1:
         raise InputError(f"max_dets: expected a count >= 1, got {max_dets}")
     device = pred_boxes.device
-    impl = select("average_precision", device, impl)
+    if pooled and impl not in (None, "reference"):
+        raise InputError(f"impl: pooled=True has the reference alone, got {impl!r}")
+    impl = "reference" if pooled else select("average_precision", device, impl)
     place = device if impl == "cuda" else torch.device("cpu")
     tensors = [pred_boxes.double(), pred_labels, pred_scores, gt_boxes.double(), gt_labels]
     tensors = [t.detach().to(place) for t in tensors]
     if impl == "reference":
         options = {"thresholds": thresholds, "max_dets": max_dets, "area_range": area_range}
-        ap = reference.average_precision(*tensors, pred_sizes, gt_sizes, **options)
+        whole = reference.pooled_average_precision if pooled else reference.average_precision
+        ap = whole(*tensors, pred_sizes, gt_sizes, **options)
     else:
         module = "_cuda" if impl == "cuda" else "_cpp"
         kernel = import_module(f"fastgrpo_kernels.{module}").average_precision
@@ -84,7 +93,7 @@ def average_precision(
         sizes = [starts(s, torch.device("cpu")) for s in (pred_sizes, gt_sizes)]
         ap = kernel(*tensors, *sizes, thresholds, max_dets, low, high)
     ap = ap.to(device)
-    return ap if per_threshold else ap.mean(1)
+    return ap if per_threshold else ap.mean(-1)
 
 
 def _check_one_per_box(name: str, values: torch.Tensor, boxes: torch.Tensor) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO average precision of one sample at a time: the protocol of pycocotools, in plain loops."""
+"""COCO average precision of each sample or of all: the protocol of pycocotools, in plain loops."""
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -28,16 +28,62 @@ def average_precision(
     area_range: tuple[float, float] | None,
 ) -> torch.Tensor:
     """(B, len(thresholds)) float64 on the CPU."""
-    parts = zip(
-        pred_boxes.split(pred_sizes),
-        pred_labels.split(pred_sizes),
-        pred_scores.split(pred_sizes),
-        gt_boxes.split(gt_sizes),
-        gt_labels.split(gt_sizes),
-        strict=True,
+    parts = _samples(
+        pred_boxes, pred_labels, pred_scores, gt_boxes, gt_labels, pred_sizes, gt_sizes
     )
     rows = [_sample(*part, thresholds, max_dets, area_range) for part in parts]
     return torch.tensor(rows, dtype=torch.float64).view(-1, len(thresholds))
+
+
+def pooled_average_precision(
+    pred_boxes: torch.Tensor,
+    pred_labels: torch.Tensor,
+    pred_scores: torch.Tensor,
+    gt_boxes: torch.Tensor,
+    gt_labels: torch.Tensor,
+    pred_sizes: list[int],
+    gt_sizes: list[int],
+    *,
+    thresholds: Sequence[float],
+    max_dets: int,
+    area_range: tuple[float, float] | None,
+) -> torch.Tensor:
+    """(len(thresholds),) float64 on the CPU: boxes are matched sample by sample, and the outcomes
+    of a class ranked by score over all samples, equal scores in the order of the samples.
+    """
+    parts = _samples(
+        pred_boxes, pred_labels, pred_scores, gt_boxes, gt_labels, pred_sizes, gt_sizes
+    )
+    classes: dict[int, list] = {label: [] for label in gt_labels.unique().tolist()}
+    for boxes, labels, scores, gt, gt_label in parts:
+        for label in torch.cat([labels, gt_label]).unique().tolist():
+            if label in classes:
+                pred = labels == label
+                own = (boxes[pred], scores[pred], gt[gt_label == label])
+                classes[label].append(_class(*own, thresholds, max_dets, area_range))
+    if area_range is None and not classes:
+        value = 1.0 if len(pred_boxes) == 0 else 0.0
+    else:
+        value = -1.0
+    aps = [ap for ap in map(_pooled, classes.values()) if ap is not None]
+    means = [sum(column) / len(aps) for column in zip(*aps, strict=True)]
+    return torch.tensor(means or [value] * len(thresholds), dtype=torch.float64)
+
+
+def _samples(boxes, labels, scores, gt_boxes, gt_labels, pred_sizes, gt_sizes) -> Iterator[tuple]:
+    preds = (values.split(pred_sizes) for values in (boxes, labels, scores))
+    return zip(*preds, gt_boxes.split(gt_sizes), gt_labels.split(gt_sizes), strict=True)
+
+
+def _pooled(samples: list[tuple]) -> list[float] | None:
+    """AP per threshold of one class from what `_class` found in each sample."""
+    counted = sum(number for _, _, number in samples)
+    if counted == 0:
+        return None
+    order = torch.cat([scores for scores, _, _ in samples]).argsort(descending=True, stable=True)
+    columns = zip(*(outcomes for _, outcomes, _ in samples), strict=True)
+    ranked = ([outcome for sample in column for outcome in sample] for column in columns)
+    return [_interpolate([flat[i] for i in order.tolist()], counted) for flat in ranked]
 
 
 def _sample(boxes, labels, scores, gt_boxes, gt_labels, thresholds, max_dets, area_range):
@@ -46,10 +92,9 @@ def _sample(boxes, labels, scores, gt_boxes, gt_labels, thresholds, max_dets, ar
         return [1.0 if len(boxes) == 0 else 0.0] * len(thresholds)
     classes = []
     for label in gt_labels.unique().tolist():
-        pred, gt = labels == label, gt_labels == label
-        order = torch.where(scores[pred].isnan(), -torch.inf, scores[pred])
-        order = order.argsort(descending=True, stable=True)[:max_dets]
-        ap = _class(boxes[pred][order], gt_boxes[gt], thresholds, area_range)
+        pred = labels == label
+        own = (boxes[pred], scores[pred], gt_boxes[gt_labels == label])
+        ap = _pooled([_class(*own, thresholds, max_dets, area_range)])
         if ap is not None:
             classes.append(ap)
     if not classes:
@@ -57,21 +102,26 @@ def _sample(boxes, labels, scores, gt_boxes, gt_labels, thresholds, max_dets, ar
     return [sum(column) / len(classes) for column in zip(*classes, strict=True)]
 
 
-def _class(boxes, gt_boxes, thresholds, area_range):
-    """AP per threshold of one class, predictions in falling order; None without counted gt."""
+def _class(boxes, scores, gt_boxes, thresholds, max_dets, area_range):
+    """Of one class in one sample: the falling scores of its first `max_dets` predictions, their
+    outcomes at each threshold, and how many ground truths count.
+    """
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    order = scores.argsort(descending=True, stable=True)[:max_dets]
+    boxes, scores = boxes[order], scores[order]
     gt_ignored = _outside(gt_boxes, area_range)
     gt_order = gt_ignored.to(torch.int8).argsort(stable=True)  # ignored ground truth last
     gt_boxes, gt_ignored = gt_boxes[gt_order], gt_ignored[gt_order].tolist()
-    counted = gt_ignored.count(False)
-    if counted == 0:
-        return None
     iou = box_iou(boxes[:, None], gt_boxes[None], kind="iou", convention="continuous").tolist()
     ignored = _outside(boxes, area_range).tolist()
-    return [_interpolate(_outcomes(iou, gt_ignored, ignored, t), counted) for t in thresholds]
+    outcomes = [_outcomes(iou, gt_ignored, ignored, t) for t in thresholds]
+    return scores, outcomes, gt_ignored.count(False)
 
 
-def _outcomes(iou, gt_ignored, ignored, threshold) -> list[bool]:
-    """True or false positive of every prediction that counts: each takes the best free gt."""
+def _outcomes(iou, gt_ignored, ignored, threshold) -> list[bool | None]:
+    """True or false positive of every prediction, None where it does not count: each takes the
+    best free ground truth.
+    """
     taken = [False] * len(gt_ignored)
     outcomes = []
     for row, outside in zip(iou, ignored, strict=True):
@@ -85,17 +135,16 @@ def _outcomes(iou, gt_ignored, ignored, threshold) -> list[bool]:
                 best, match = value, g
         if match >= 0:
             taken[match] = True
-            if not gt_ignored[match]:
-                outcomes.append(True)
-        elif not outside:
-            outcomes.append(False)
+            outcomes.append(None if gt_ignored[match] else True)
+        else:
+            outcomes.append(None if outside else False)
     return outcomes
 
 
-def _interpolate(outcomes: list[bool], counted: int) -> float:
+def _interpolate(outcomes: list[bool | None], counted: int) -> float:
     """Mean over 101 recalls of the best precision at that recall or more."""
     recall, precision, hits = [], [], 0
-    for rank, hit in enumerate(outcomes, 1):
+    for rank, hit in enumerate((hit for hit in outcomes if hit is not None), 1):
         hits += hit
         recall.append(hits / counted)
         precision.append(hits / (rank + EPS))

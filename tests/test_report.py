@@ -16,14 +16,15 @@ from PIL import Image  # noqa: E402
 
 from fastgrpo.cli import main as cli  # noqa: E402
 from fastgrpo.errors import InputError  # noqa: E402
+from fastgrpo.report import curves, write_report  # noqa: E402
 from fastgrpo.report import page as pages  # noqa: E402
-from fastgrpo.report import write_report  # noqa: E402
 from fastgrpo.report.pictures import PREDICTED, TRUTH, boxes_of, drawn_boxes, thumbnail  # noqa: E402
+from fastgrpo.report.run import read_run  # noqa: E402
 
 HOSTILE = (
     '<script>alert("x")</script><img src="http://example.org/x.png"><answer>[1,2,9,8]</answer>'
 )
-PICTURES = {"reward", "reward_std", "zero_variance", "kl", "entropy", "length", "step_time"}
+PICTURES = set("reward reward_std zero_variance kl entropy length truncated step_time".split())
 
 
 class Page(HTMLParser):
@@ -56,6 +57,7 @@ def log_entry(step: int) -> dict:
         "kl": None if step == 1 else 0.01,
         "entropy": 1.5,
         "completions/mean_length": 16.0,
+        "completions/clipped_ratio": 0.5,
         "step_time": 2.0,
         "time/generate": 1.0,
         "time/backward": 0.7,
@@ -100,7 +102,8 @@ def run(tmp_path):
 @pytest.fixture
 def no_curves(monkeypatch):
     """Drawing takes a second; a test that looks at the page alone does without."""
-    monkeypatch.setattr(pages, "draw_curves", lambda run: {})
+    for draw in ("draw_curves", "draw_histograms"):
+        monkeypatch.setattr(pages, draw, lambda run: {})
 
 
 def read(path) -> Page:
@@ -112,7 +115,7 @@ def test_write_report_shows_everything_in_one_file(run):
     assert page.resources == []
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert {path.stem for path in (run / "report").glob("*.png")} == PICTURES
-    assert len(page.images) == len(PICTURES) + 2
+    assert len(page.images) == len(PICTURES) + 3  # a reward's histogram, a picture a row
     for png in page.images:
         assert Image.open(io.BytesIO(png)).format == "PNG"
     for text in (
@@ -173,7 +176,7 @@ def test_write_report_of_a_stock_trl_run(run):
     page = read(write_report(run))
     for text in ("name no image", "No step times", "10 optimizer steps", "0.875", "2+2?", "exact"):
         assert text in page.text
-    assert len(page.images) == 1
+    assert len(page.images) == 2  # the rewards' curve and a histogram
 
 
 def test_write_report_says_when_an_image_is_gone(run, tmp_path, no_curves):
@@ -201,11 +204,55 @@ def test_write_report_refuses_what_is_no_run(run, tmp_path, capsys, no_curves):
         write_report(run)
 
 
-def test_write_report_refuses_a_truncated_completions_file(run, no_curves):
-    (path,) = (run / "completions").iterdir()
+def test_write_report_opens_a_run_that_goes_on(run, tmp_path, no_curves):
+    """Ahead of its checkpoint by the log, a line and a completions file under the pen."""
+    (run / "trainer_state.json").unlink()
+    (run / "checkpoint-2").mkdir()
+    state = {"log_history": [log_entry(1), log_entry(2)]}
+    (run / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state))
+    lines = [json.dumps(log_entry(step)) for step in (1, 2, 3, 4)]
+    (run / "log.jsonl").write_text("\n".join([*lines, '{"step": 5, "rew']))
+    row = completion_row(1, str(tmp_path / "canvas.png"), "from step 2")
+    write_completions(run, [row | {"step": 2}], 2)
+    write_completions(run, [row | {"step": 3}], 3)
+    path = run / "completions" / "completions_00003.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match=path.name):
-        write_report(run)
+    text = read(write_report(run)).text
+    assert "4 optimizer steps" in text and "from step 2" in text and "Step 3" not in text
+    assert "completions_00003.parquet is no complete parquet file" in text
+    for path in (run / "completions").iterdir():
+        path.write_bytes(b"PAR1")
+    assert "No completions/*.parquet" in read(write_report(run)).text
+
+
+def test_histograms_are_of_the_first_and_the_last_step(run, tmp_path):
+    for step, value in ((2, 0.25), (9, 1.0)):
+        row = completion_row(1, str(tmp_path / "canvas.png"), "x")
+        write_completions(run, [row | {"step": step, "vlm_r1_iou": value, "format": None}], step)
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "_histogram", lambda name, spread: drawn.append((name, spread)))
+        curves.draw_histograms(read_run(run))
+    assert drawn == [("vlm_r1_iou", {"step 1": [0.5], "step 9": [1.0]})]
+
+
+def test_every_image_of_a_row_is_shown_with_the_frames_of_its_boxes(run, tmp_path, no_curves):
+    paths = []
+    for index in range(2):
+        paths.append(str(tmp_path / f"{index}.png"))
+        Image.new("RGB", (40, 40), "white").save(paths[-1])
+    told = {"answer": "thousandths", "solution": "image", "image": [40, 40], "seen": None}
+    row = completion_row(1, "", "<answer>[250, 250, 750, 750]</answer>")
+    row |= {"image_path": paths, "frames": json.dumps(told | {"index": 1}), "solution": "[1,1,9,9]"}
+    write_completions(run, [row])
+    page = read(write_report(run))
+    first, second = (Image.open(io.BytesIO(png)).convert("RGB") for png in page.images)
+    colours = [
+        {f"#{bytes(colour).hex()}" for _, colour in picture.getcolors(maxcolors=100)}
+        for picture in (first, second)
+    ]
+    assert colours[0] == {"#ffffff"} and {TRUTH, PREDICTED} <= colours[1]
+    assert "answer in thousandths, solution in image; image 40 x 40" in page.text
 
 
 def test_report_command_prints_the_page(run, capsys, no_curves):

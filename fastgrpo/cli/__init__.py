@@ -10,6 +10,7 @@ COMMANDS = {
     "init": "write a folder with a commented config, two rows and a reward, ready to train",
     "check": "what a run would do: data, memory, batch, rewards, before any weight is loaded",
     "train": "train a vision-language model with GRPO from a config file",
+    "eval": "accuracy or mAP of a checkpoint, or of a folder of them, on rows with solutions",
     "doctor": "what is installed, which implementation each op uses and why",
     "bench": "run the benchmarks of a source checkout",
     "report": "write the report of a training run",

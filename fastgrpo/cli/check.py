@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fastgrpo.checkpoints import newest_complete
 from fastgrpo.cli import doctor
+from fastgrpo.cli.checkpoints import load_hf_config
 from fastgrpo.cli.config import FastGRPOConfig
 from fastgrpo.cli.data import load_data
 from fastgrpo.cli.estimate import Memory, estimate
@@ -82,7 +83,7 @@ def check(arguments: list[str]) -> list[Finding]:
         say("settings", (("note", text) for text in notes))
         say("settings", iter([("ok", f"model {model_config.model_name_or_path}")]))
         processor = look("model", lambda: load_processor(config, model_config))
-        hf_config = look("model", lambda: _hf_config(config, model_config))
+        hf_config = look("model", lambda: load_hf_config(config, model_config))
         say("model", _packing(hf_config))
         say("batch", _batch(config))
         train = look("data", lambda: _load(config, processor))
@@ -103,21 +104,6 @@ def check(arguments: list[str]) -> list[Finding]:
     finally:
         logging.getLogger("fastgrpo.data").setLevel(verbosity)
     return findings
-
-
-def _hf_config(config: FastGRPOConfig, model_config):
-    from transformers import AutoConfig
-
-    name = model_config.model_name_or_path
-    try:
-        return AutoConfig.from_pretrained(
-            name,
-            revision=model_config.model_revision,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"model_name_or_path: no config in {name!r}: {reason}") from error
 
 
 def _packing(hf_config) -> Iterator[tuple[str, str]]:

@@ -40,9 +40,15 @@ PLAIN_SAMPLING = {
 _HALF = ("bfloat16", "float16")
 
 
-class _Parser(TrlParser):
+class OneLineErrors:
+    """Of a parser: what it cannot read is an `InputError`."""
+
     def error(self, message: str):
         raise InputError(message.removeprefix("argument --").replace("\n", " "))
+
+
+class _Parser(OneLineErrors, TrlParser):
+    pass
 
 
 def parse(

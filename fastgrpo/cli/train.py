@@ -31,21 +31,39 @@ logger = logging.getLogger(__name__)
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, evaluates if asked to, and leaves the model in `output_dir`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     config, model_config = parse(arguments)
     trainer = build_trainer(config, model_config)
-    record(trainer)
-    show_lines(trainer)
+    show_lines(trainer, record(trainer))
     with getattr(trainer.train_dataset, "feed", contextlib.nullcontext()):
         trainer.train(resume_from_checkpoint=_checkpoint(config))
     trainer.save_model(config.output_dir)
     trainer.save_state()
-    output = Path(config.output_dir)
-    trainer.accelerator.print(f"model: {output.resolve()}")
-    trainer.accelerator.print(f"curves and completions: fastgrpo report {output}")
+    for line in next_lines(config, arguments):
+        trainer.accelerator.print(line)
     if config.push_to_hub:
         trainer.push_to_hub()
     if hasattr(trainer, "end"):  # transformers >= 5.18: finishes trackers and process groups
         trainer.end()
+
+
+def next_lines(config: FastGRPOConfig, arguments: list[str]) -> list[str]:
+    """Where the model is, and the commands that come next, ready to be pasted."""
+    given = [text.removeprefix("--config=") for text in arguments if text.startswith("--config=")]
+    if "--config" in arguments:
+        given = arguments[arguments.index("--config") + 1 :][:1]
+    if given:
+        rows = f"--config {given[0]}"
+    elif config.data_file_paths:
+        rows = f"--data_file_paths {config.eval_data_file_paths or config.data_file_paths}"
+    else:
+        rows = f"--dataset_name {config.dataset_name}"
+    output = Path(config.output_dir)
+    return [
+        f"model: {output.resolve()}",
+        f"curves and completions: fastgrpo report {output}",
+        f"figures: fastgrpo eval {output} {rows}",
+    ]
 
 
 def build_trainer(config: FastGRPOConfig, model_config: ModelConfig) -> FastGRPOTrainer:

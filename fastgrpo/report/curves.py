@@ -40,7 +40,47 @@ CURVES = (
     Curve("kl", "KL to the reference", ("kl",), "nats per token"),
     Curve("entropy", "Entropy of the policy", ("entropy",), "nats per token"),
     Curve("length", "Completion length", ("completions/mean_length",), "tokens"),
+    Curve("truncated", "Completions cut at the limit", ("completions/clipped_ratio",), "share"),
 )
+
+
+def draw_histograms(run: Run) -> dict[str, bytes]:
+    """PNG bytes by reward: how its values are spread over the completions of the first and of the
+    last logged step; a reward that scored none of them is left out."""
+    pictures = {}
+    steps = sorted({row["step"] for row in run.completions})
+    for name in run.reward_names:
+        spread = {
+            f"step {step}": [
+                row[name]
+                for row in run.completions
+                if row["step"] == step and row.get(name) is not None and row[name] == row[name]
+            ]
+            for step in dict.fromkeys((steps[0], steps[-1]))
+        }
+        spread = {label: values for label, values in spread.items() if values}
+        if spread:
+            pictures[name] = _histogram(name, spread)
+    return pictures
+
+
+def _histogram(name: str, spread: dict[str, list[float]]) -> bytes:
+    figure, axes = _figure()
+    every = [value for values in spread.values() for value in values]
+    low, high = min(every), max(every)
+    bins = (
+        [low + (high - low) * i / 20 for i in range(21)] if high > low else [low - 0.5, low + 0.5]
+    )
+    colours = ("#7d8794", LINE)[-len(spread) :]
+    axes.hist(
+        list(spread.values()),
+        bins=bins,
+        weights=[[1 / len(values)] * len(values) for values in spread.values()],
+        label=list(spread),
+        color=colours,
+    )
+    axes.xaxis.get_major_locator().set_params(integer=False)
+    return _finish(figure, axes, name, "share of completions", legend=True, across="value")
 
 
 def draw_curves(run: Run) -> dict[str, bytes]:
@@ -91,10 +131,12 @@ def _figure(width: float = 4.6):
     return figure, axes
 
 
-def _finish(figure, axes, title: str, unit: str, legend: bool) -> bytes:
+def _finish(
+    figure, axes, title: str, unit: str, legend: bool, across: str = "optimizer step"
+) -> bytes:
     pad = 16 if legend else 6
     axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold", pad=pad)
-    axes.set_xlabel("optimizer step", fontsize=8, color=INK)
+    axes.set_xlabel(across, fontsize=8, color=INK)
     axes.set_ylabel(unit, fontsize=8, color=INK)
     if legend:
         axes.legend(

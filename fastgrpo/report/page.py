@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from fastgrpo.report.curves import CURVES, draw_curves
+from fastgrpo.report import html
+from fastgrpo.report.curves import CURVES, draw_curves, draw_histograms
 from fastgrpo.report.pictures import drawn_boxes, thumbnail
 from fastgrpo.report.run import Run, read_run
 
 GROUPS_SHOWN = 3  # of the first and of the last logged step
 ROWS_SHOWN = 8  # of a group
-MAX_TEXT = 2000
 _WIDE = ' class="wide"'
 TITLES = {curve.name: curve.title for curve in CURVES} | {
     "step_time": "Where a step's time goes, in seconds"
@@ -37,14 +35,14 @@ def write_report(run: Path | str, out: Path | str | None = None) -> Path:
     curves = draw_curves(data)
     for name, png in curves.items():
         (folder / f"{name}.png").write_bytes(png)
-    template = Template((Path(__file__).parent / "page.html").read_text())
-    page = template.substitute(
-        title=escape(f"GRPO run: {data.folder.resolve().name}"),
-        subtitle=escape(_subtitle(data)),
-        tiles=_tiles(data),
-        notes=_notes(data),
-        curves=_curves(curves),
-        completions=_completions(data),
+    page = html.page(
+        f"GRPO run: {data.folder.resolve().name}",
+        _subtitle(data),
+        html.tiles(_tiles(data)),
+        html.notes("Not in this report:", data.missing),
+        _curves(curves),
+        _histograms(draw_histograms(data)),
+        _completions(data),
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -60,7 +58,8 @@ def _subtitle(run: Run) -> str:
     return f"{steps} optimizer steps{pace}"
 
 
-def _tiles(run: Run) -> str:
+def _tiles(run: Run) -> list[tuple[str, str]]:
+    """(value, what it is) of the figures at the top."""
     tiles = []
     if run.held_out:
         before, after = run.held_out["before"], run.held_out["after"]
@@ -78,28 +77,24 @@ def _tiles(run: Run) -> str:
     elif run.history:
         first, last = run.history[0]["reward"], run.history[-1]["reward"]
         tiles.append((f"{first:.3f} → {last:.3f}", "training reward, first and last logged"))
-    cells = "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span class="soft">{escape(label)}</span></div>'
-        for value, label in tiles
-    )
-    return f'<div class="tiles">{cells}</div>' if cells else ""
-
-
-def _notes(run: Run) -> str:
-    if not run.missing:
-        return ""
-    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in run.missing)
-    return f'<div class="notes">Not in this report:<ul>{items}</ul></div>'
+    return tiles
 
 
 def _curves(curves: dict[str, bytes]) -> str:
     if not curves:
         return ""
     images = "".join(
-        f"<div{_WIDE if name == 'step_time' else ''}>{_image(png, TITLES[name])}</div>"
+        f"<div{_WIDE if name == 'step_time' else ''}>{html.image(png, TITLES[name])}</div>"
         for name, png in curves.items()
     )
     return f'<h2>Curves</h2><div class="curves">{images}</div>'
+
+
+def _histograms(pictures: dict[str, bytes]) -> str:
+    if not pictures:
+        return ""
+    images = "".join(f"<div>{html.image(png, name)}</div>" for name, png in pictures.items())
+    return f'<h2>Rewards of the completions below</h2><div class="curves">{images}</div>'
 
 
 def _completions(run: Run) -> str:
@@ -133,36 +128,40 @@ def _table(run: Run, rows: list[dict[str, Any]]) -> str:
 
 def _row(row: dict[str, Any], names: list[str]) -> str:
     text = _text(row["completion"])
-    picture = '<span class="soft">none</span>'
-    path = row.get("image_path")
-    if isinstance(path, list):
-        frames = json.loads(row.get("frames") or "{}")
-        path = path[frames.get("index", 0)] if path else None
-    if path:
-        png = thumbnail(path, *drawn_boxes(row, text))
-        picture = (
-            _image(png, "boxes")
-            if png
-            else f'<span class="soft">not readable: {escape(path)}</span>'
-        )
-    shown = text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …"
-    numbers = "".join(f'<td class="number">{_number(row.get(name))}</td>' for name in names)
+    picture = _pictures(row, text) or '<span class="soft">none</span>'
+    numbers = "".join(f'<td class="number">{html.number(row.get(name))}</td>' for name in names)
     advantage = row["advantage"]
     tone = "up" if advantage > 0 else "down" if advantage < 0 else "soft"
     return (
-        f'<tr><td>{picture}</td><td class="text">{escape(shown)}</td>{numbers}'
+        f'<tr><td>{picture}</td><td class="text">{html.text(text)}</td>{numbers}'
         f'<td class="number {tone}">{advantage:+.2f}</td></tr>'
     )
 
 
-def _number(value: float | None) -> str:
-    return "not scored" if value is None or value != value else f"{value:.3f}"
+def _pictures(row: dict[str, Any], text: str) -> str:
+    """Every image of a row, the boxes on the one they are about, and their frames in words."""
+    paths = row.get("image_path") or []
+    paths = paths if isinstance(paths, list) else [paths]
+    frames = json.loads(row.get("frames") or "{}")
+    shown = []
+    for index, path in enumerate(paths):
+        boxes = drawn_boxes(row, text) if index == frames.get("index", 0) else ([], [])
+        png = thumbnail(path, *boxes)
+        gone = f'<span class="soft">not readable: {escape(path)}</span>'
+        shown.append(html.image(png, f"image {index + 1}") if png else gone)
+    if frames:
+        shown.append(f'<span class="soft">{escape(_in_words(frames))}</span>')
+    return "".join(shown)
 
 
-def _image(png: bytes, label: str) -> str:
-    return (
-        f'<img alt="{escape(label)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-    )
+def _in_words(frames: dict[str, Any]) -> str:
+    sizes = [
+        f"{name} {size[0]:g} x {size[1]:g}"
+        for name, size in (("image", frames.get("image")), ("seen as", frames.get("seen")))
+        if size
+    ]
+    frame = f"answer in {frames['answer']}, solution in {frames['solution']}"
+    return "; ".join([frame, *sizes])
 
 
 def _text(messages: Any) -> str:

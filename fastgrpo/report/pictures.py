@@ -56,14 +56,17 @@ def drawn_boxes(row: dict[str, Any], text: str) -> tuple[list, list]:
         return [], []
 
 
-def thumbnail(path: str, truth: list[list[float]], predicted: list[list[float]]) -> bytes | None:
-    """PNG bytes with both kinds of box, or None when the image cannot be opened."""
+def thumbnail(
+    source: Any, truth: list[list[float]], predicted: list[list[float]], side: int = SIDE
+) -> bytes | None:
+    """PNG bytes with both kinds of box, `side` pixels long, or None when the image cannot be
+    opened."""
     try:
-        image = load_image(path)
+        image = load_image(source)
     except ImageFault:
         return None
-    scale = SIDE / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    scale = side / max(image.size)
+    size = tuple(max(1, round(length * scale)) for length in image.size)
     image = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(image)
     for boxes, colour in ((truth, TRUTH), (predicted, PREDICTED)):

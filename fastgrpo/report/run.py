@@ -10,8 +10,8 @@ from typing import Any
 
 from fastgrpo.errors import InputError
 
-HELD_OUT_FILE = "heldout.json"
-_NOT_REWARDS = {"step", "prompt", "completion", "advantage", "image_path", "solution"}
+HELD_OUT_FILE, RUN_LOG = "heldout.json", "log.jsonl"
+_NOT_REWARDS = {"step", "prompt", "completion", "advantage", "image_path", "solution", "frames"}
 
 
 @dataclass
@@ -40,13 +40,16 @@ def read_run(folder: Path | str) -> Run:
     if not folder.is_dir():
         raise InputError(f"run: expected the output folder of a training run, {folder} is not one")
     state, files = _latest_state(folder), sorted((folder / "completions").glob("*.parquet"))
-    if state is None and not files:
+    log = folder / RUN_LOG
+    if state is None and not files and not log.exists():
         raise InputError(
-            f"run: {folder} holds no trainer_state.json, in no checkpoint either, and no "
-            "completions/*.parquet, so there is nothing to report"
+            f"run: {folder} holds no trainer_state.json, in no checkpoint either, no {RUN_LOG} and "
+            "no completions/*.parquet, so there is nothing to report"
         )
-    run = Run(folder, _history(state), *_read_completions(files), _held_out(folder))
-    run.missing = list(_missing(run, state))
+    files, broken = _whole(files)
+    history = _newest(_history(state), _lines(log))
+    run = Run(folder, history, *_read_completions(files), _held_out(folder))
+    run.missing = [*broken, *_missing(run, state)]
     return run
 
 
@@ -58,6 +61,23 @@ def _latest_state(folder: Path) -> Path | None:
     return max(states, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
 
 
+def _lines(log: Path) -> list[dict[str, float]]:
+    """The entries a run has logged so far; a line that is not finished yet is left out."""
+    text = log.read_text() if log.exists() else ""
+    entries = []
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"run: {log} is not JSON: {error}") from error
+    return [entry for entry in entries if "reward" in entry]
+
+
+def _newest(*histories: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The history that reaches furthest: a run that goes on is ahead of its last checkpoint."""
+    return max(histories, key=lambda history: history[-1]["step"] if history else -1)
+
+
 def _history(state: Path | None) -> list[dict[str, float]]:
     if state is None:
         return []
@@ -65,19 +85,38 @@ def _history(state: Path | None) -> list[dict[str, float]]:
     return [entry for entry in _json(state)["log_history"] if "reward" in entry]
 
 
+def _whole(files: list[Path]) -> tuple[list[Path], list[str]]:
+    """The files up to the last one that is whole; a sentence for each that is not.
+
+    The last file of a run that goes on may be under the pen.
+    """
+    if not files:
+        return [], []
+    import pyarrow.parquet
+
+    said = []
+    while files:
+        try:
+            for path in (files[0], files[-1]):
+                pyarrow.parquet.read_metadata(path)
+            break
+        except pyarrow.ArrowInvalid:
+            said.append(
+                f"completions/{path.name} is no complete parquet file (a run still going?)."
+            )
+            files = [file for file in files if file != path]
+    return files, said
+
+
 def _read_completions(files: list[Path]) -> tuple[list[dict[str, Any]], list[str]]:
     if not files:
         return [], []
-    import pyarrow
     import pyarrow.parquet
 
     # Only the first and the last file are shown; a long run leaves thousands.
     rows = []
     for path in dict.fromkeys((files[0], files[-1])):
-        try:
-            rows += pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise InputError(f"run: {path} is no complete parquet file: {error}") from error
+        rows += pyarrow.parquet.read_table(path).to_pylist()
     columns = dict.fromkeys(name for row in rows for name in row if name not in _NOT_REWARDS)
     numeric = (int, float, type(None))
     return rows, [c for c in columns if all(isinstance(row.get(c), numeric) for row in rows)]
@@ -96,10 +135,10 @@ def _json(path: Path) -> Any:
 
 
 def _missing(run: Run, state: Path | None):
-    if state is None:
+    if state is None and not run.history:
         yield (
-            "No trainer_state.json, so no curves: it is written with each checkpoint and by "
-            "trainer.save_state()."
+            f"No trainer_state.json and no {RUN_LOG}, so no curves: the one is written with each "
+            "checkpoint and by trainer.save_state(), the other by `record(trainer)`."
         )
     elif not run.history:
         yield "The trainer's log holds no reward, so no curves: is this a GRPO run?"

@@ -10,12 +10,20 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer import Trainer
 
+from fastgrpo.integrations.trl.recorder import StepTimes
 
-def show_lines(trainer: Trainer) -> None:
-    """Replaces the printing of transformers' own callbacks; loggers keep every value."""
+
+def show_lines(trainer: Trainer, times: StepTimes | None = None) -> None:
+    """Replaces the printing of transformers' own callbacks; loggers keep every value.
+
+    With the recorder's `times` the bar says which part of a step is under way: a rollout may take
+    minutes.
+    """
     for own, ours in ((ProgressCallback, LineProgress), (PrinterCallback, LinePrinter)):
         if trainer.pop_callback(own) is not None:
-            trainer.add_callback(ours())
+            trainer.add_callback(shown := ours())
+            if times is not None and isinstance(shown, LineProgress):
+                times.entered = shown.show_part
 
 
 class StepLines:
@@ -56,6 +64,10 @@ class LineProgress(ProgressCallback):
     def __init__(self):
         super().__init__()
         self._lines = StepLines()
+
+    def show_part(self, part: str) -> None:
+        if self.training_bar is not None:
+            self.training_bar.set_postfix_str(part)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         line = self._lines.line(logs or {}, state.global_step, state.max_steps)

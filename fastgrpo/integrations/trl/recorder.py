@@ -4,8 +4,8 @@ a row saw.
 
 TRL sends its own `profiling/...` figures to wandb, mlflow or trackio only, and its completions
 files hold no images. `record(trainer)` puts the times into the trainer's log as `time/<part>`
-(seconds per optimizer step, so they reach `trainer_state.json`), and the columns that name the
-image and the solution into the completions.
+(seconds per optimizer step, so they reach `trainer_state.json`), the columns that name the image
+and the solution into the completions, and every log entry into `log.jsonl` as it is made.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from __future__ import annotations
 import functools
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
 
 from fastgrpo.integrations.trl.frames import drawn_frames
+from fastgrpo.integrations.trl.run_log import RunLog
 
 # Method -> the part of the step its own time counts as, callees that are parts themselves left out.
 PARTS = {
@@ -41,6 +43,7 @@ class StepTimes(TrainerCallback):
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
+        self.entered: Callable[[str], None] = lambda part: None  # told which part begins
         self.seconds: dict[str, float] = defaultdict(float)
         self._open: list[list] = []  # [part, seconds of its callees] of the calls under way
 
@@ -51,6 +54,7 @@ class StepTimes(TrainerCallback):
             name = PARTS["compute_loss"] if inside_loss else part
             frame = [name, 0.0]
             self._open.append(frame)
+            self.entered(name)
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
@@ -75,7 +79,7 @@ class StepTimes(TrainerCallback):
         self.seconds.clear()
 
 
-def record(trainer: Any) -> None:
+def record(trainer: Any) -> StepTimes:
     """Attaches the recorder to a TRL `GRPOTrainer` (or a subclass) before `train()`.
 
     Call it after `accelerate(trainer)`, which refuses a trainer whose methods were wrapped.
@@ -98,6 +102,8 @@ def record(trainer: Any) -> None:
     for method, part in PARTS.items():
         setattr(trainer, method, times.timed(getattr(trainer, method), part))
     trainer.add_callback(times)
+    trainer.add_callback(RunLog())
+    return times
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,4 @@
+"""Figures of a checkpoint on rows with solutions: grounding, detection, choices, mathematics."""
+
+from fastgrpo.evaluation.run import evaluate
+from fastgrpo.evaluation.tasks import TASKS, task

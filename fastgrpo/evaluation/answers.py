@@ -1,0 +1,186 @@
+"""One greedy answer a row: in this process by packed generation, or from a server."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastgrpo.errors import InputError
+from fastgrpo.integrations.trl.frames import frame_columns, model_frame
+from fastgrpo.judges import HTTPJudge
+from fastgrpo.models.adapter import Adapter
+from fastgrpo.packing import Group
+from fastgrpo.rollout import generate
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`text` without special tokens; `tokens` and whether it `ended` by itself, None where the
+    server does not say; `told`: the columns of `geometry.frames` for its row.
+    """
+
+    text: str
+    tokens: int | None
+    ended: bool | None
+    told: dict[str, Any] = field(default_factory=dict)
+
+
+Answerer = Callable[[Sequence[dict]], list[Answer | None]]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How answers are written: greedily, at most `max_new_tokens`, with a repetition penalty."""
+
+    max_new_tokens: int
+    repetition_penalty: float = 1.0
+    template: dict[str, Any] = field(default_factory=dict)  # of the chat template
+
+    def prompt(self, processor, row: dict) -> str:
+        if isinstance(row["prompt"], str):
+            return row["prompt"]
+        return processor.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, tokenize=False, **self.template
+        )
+
+
+def packed(model, processor, writing: Writing, *, backend: str | None = None) -> Answerer:
+    """Answers by `generate`: images and prompts of a batch in packed rows."""
+    adapter = Adapter(model)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    frame = model_frame(adapter.config)
+    ends = _end_ids(adapter.core, tokenizer)
+
+    def answer(rows: Sequence[dict]) -> list[Answer | None]:
+        images = [row.get("images") or [] for row in rows]
+        prompts, fields = _encoded(processor, [writing.prompt(processor, r) for r in rows], images)
+        vision = adapter.family.split_rows(fields, [len(own) for own in images], len(rows))
+        device = adapter.device
+        groups = [
+            Group(ids, [], {key: value.to(device) for key, value in own.items()}, sample_id=i)
+            for i, (ids, own) in enumerate(zip(prompts, vision, strict=True))
+        ]
+        filled = generate(
+            model,
+            groups,
+            1,
+            max_new_tokens=writing.max_new_tokens,
+            temperature=0.0,
+            repetition_penalty=writing.repetition_penalty,
+            eos_token_id=ends,
+            backend=backend,
+        )
+        told = frame_columns(frame, processor, images, fields)
+        written = [group.completions[0].tolist() for group in filled]
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [
+            Answer(text, len(ids), bool(ids) and ids[-1] in ends, own)
+            for text, ids, own in zip(texts, written, told, strict=True)
+        ]
+
+    return answer
+
+
+def _encoded(processor, texts: list[str], images: list[list]) -> tuple[list[torch.Tensor], dict]:
+    """Unpadded ids of each prompt, and what the processor made of all images."""
+    given = {"images": images} if any(images) else {}
+    try:
+        fields = dict(processor(text=texts, padding=True, return_tensors="pt", **given))
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"processor: these prompts cannot be encoded: {reason:.300}") from error
+    masks = fields.pop("attention_mask").bool()
+    ids = [row[mask] for row, mask in zip(fields.pop("input_ids"), masks, strict=True)]
+    return ids, fields
+
+
+def _end_ids(core, tokenizer) -> list[int]:
+    stated = getattr(getattr(core, "generation_config", None), "eos_token_id", None)
+    stated = [stated] if isinstance(stated, int) else list(stated or ())
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*stated, *own]))
+
+
+class Server:
+    """Answers of a model behind an OpenAI-compatible address, such as `vllm serve` opens.
+
+    `name`: what the server calls the model. Every sampling field is sent, so that neither the
+    server's nor the checkpoint's defaults act. A row whose request fails for good is None.
+    """
+
+    def __init__(self, url: str, name: str, processor, config, writing: Writing, concurrency: int):
+        self._processor, self._frame = processor, model_frame(config)
+        sampling = {
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+            "max_tokens": writing.max_new_tokens,
+            "repetition_penalty": writing.repetition_penalty,
+        }
+        if writing.template:
+            sampling["chat_template_kwargs"] = writing.template
+        self._judge = HTTPJudge(
+            url,
+            name,
+            lambda prompt, completion, row: row["chat"],
+            sampling=sampling | self._pixels(),
+            concurrency=concurrency,
+            timeout=600.0,
+        )
+
+    def _pixels(self) -> dict[str, Any]:
+        """The limits of image sizes, which the server's own processor must keep too."""
+        size = dict(getattr(getattr(self._processor, "image_processor", None), "size", None) or {})
+        if not {"shortest_edge", "longest_edge"} <= size.keys():
+            return {}
+        limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        return {"mm_processor_kwargs": limits}
+
+    def __call__(self, rows: Sequence[dict]) -> list[Answer | None]:
+        images = [row.get("images") or [] for row in rows]
+        flat = [image for own in images for image in own]
+        made = self._processor.image_processor(images=flat, return_tensors="pt") if flat else {}
+        told = frame_columns(self._frame, self._processor, images, made)
+        chats = [_chat(row["prompt"], own) for row, own in zip(rows, images, strict=True)]
+        texts = self._judge.replies([""] * len(rows), [""] * len(rows), chat=chats)
+        return [
+            None if text is None else Answer(text, None, None, own)
+            for text, own in zip(texts, told, strict=True)
+        ]
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Requests that failed for good, by reason."""
+        return dict(self._judge.failures)
+
+    def close(self) -> None:
+        self._judge.close()
+
+
+def _chat(prompt: Any, images: Sequence) -> list[dict]:
+    """Chat messages with every image as a PNG in the place where its part stands."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": [*({"type": "image"} for _ in images),
+                                               {"type": "text", "text": prompt}]}]  # fmt: skip
+    left = iter(images)
+    messages = []
+    for message in prompt:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        messages.append({"role": message["role"], "content": [_part(p, left) for p in parts]})
+    return messages
+
+
+def _part(part: dict, images) -> dict:
+    if part["type"] != "image":
+        return {"type": "text", "text": part["text"]}
+    buffer = io.BytesIO()
+    next(images).save(buffer, format="PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}

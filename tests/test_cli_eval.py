@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastgrpo eval` on a tiny checkpoint: whole, cut and gone on with, over HTTP, and wrong turns."""
 
 import json

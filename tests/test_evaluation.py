@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Figures of an evaluation: by hand, as pycocotools has them, as VLM-R1's scripts print them."""
 
 import json

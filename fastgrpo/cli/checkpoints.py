@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkpoints a command is given, and their models."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fastgrpo eval [MODEL ...] [--task rec] [--config x.yaml] [--field value]`: a model's figures.
 
 MODEL is a checkpoint, a hub name, or a folder of checkpoints; without it, the `output_dir` of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Figures of a checkpoint on rows with solutions: grounding, detection, choices, mathematics."""
 
 from fastgrpo.evaluation.run import evaluate

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The answers of one checkpoint on disk: appended a batch at a time, read again by the next run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One greedy answer a row: in this process by packed generation, or from a server."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """COCO's detection figures of written answers: boxes, labels and, where given, confidences."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures of one or more checkpoints as JSON and Markdown, and a page of the worst answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One checkpoint on a data set: answers, scores and figures, each left as a file."""
 
 from __future__ import annotations

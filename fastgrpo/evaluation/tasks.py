@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is measured: how an answer is read, what it is worth, and the figures over all rows."""
 
 from __future__ import annotations

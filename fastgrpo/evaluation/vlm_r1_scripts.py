@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The box and the overlap that VLM-R1's evaluation scripts find.
 
 Source: om-ai-lab/VLM-R1@90052f4, `src/eval`. Each counts an answer as right where the overlap is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of a page that needs no other file; model text is escaped."""
 
 from __future__ import annotations

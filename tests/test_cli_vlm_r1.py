@@ -11,6 +11,7 @@ pytest.importorskip("trl")
 
 from fastgrpo import InputError  # noqa: E402
 from fastgrpo.cli import main  # noqa: E402
+from fastgrpo.cli.data import load_data  # noqa: E402
 from fastgrpo.cli.train import parse  # noqa: E402
 from fastgrpo.testing.trl import save_checkpoint  # noqa: E402
 
@@ -43,7 +44,20 @@ LINES = {
     + COMMON
     + "--reward_funcs accuracy format length repetition --beta 0.0",
 }
-BATCH = {"multi-image gui": 8}
+# run_grpo_rec.sh and run_grpo_rec_lora.sh of src/open-r1-multimodal/run_scripts, for grpo_rec.py.
+LINES["grpo_rec"] = """
+--deepspeed local_scripts/zero3.json --output_dir {out} --model_name_or_path {model}
+--dataset_name {repo}/rec.yaml --image_root {images} --max_prompt_length 1024 --num_generations 8
+--per_device_train_batch_size 1 --gradient_accumulation_steps 2 --logging_steps 1 --bf16
+--torch_dtype bfloat16 --data_seed 42 --report_to wandb --gradient_checkpointing false
+--attn_implementation flash_attention_2 --num_train_epochs 2 --run_name {name} --save_steps 100
+--save_only_model true
+"""
+LINES["grpo_rec lora"] = LINES["grpo_rec"] + (
+    "--learning_rate 1e-5 --use_peft true --lora_r 64 --lora_alpha 128 --lora_dropout 0.05 "
+    "--lora_task_type CAUSAL_LM --freeze_vision_modules true"
+)
+BATCH = {"multi-image gui": 2}
 DETECTED = '```json\n[{"bbox_2d": [1, 2, 9, 9], "label": "cat"}]\n```'
 
 
@@ -67,6 +81,9 @@ def place(tmp_path_factory):
             for i in range(2)
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"image": f"{i}.png", "problem": f"find {i}", "solution": [1, 2, 9, 9]} for i in (2, 3)]
+    (folder / "rec.json").write_text(json.dumps(rows))
+    (folder / "rec.yaml").write_text(f"datasets:\n    - json_path: {folder / 'rec.json'}\n")
     return folder
 
 
@@ -84,7 +101,7 @@ def arguments(place, line, out):
     return text.split()
 
 
-@pytest.mark.parametrize("line", ["lora", "multi-image gui"])
+@pytest.mark.parametrize("line", ["lora", "multi-image gui", "grpo_rec"])
 def test_a_published_command_line_trains_when_cut_short(place, tmp_path, line):
     check_run(place, tmp_path, line, "--max_completion_length", "16")
 
@@ -101,7 +118,7 @@ def check_run(place, tmp_path, line, *extra):
     steps = [entry for entry in history if "loss" in entry]
     assert len(steps) == 2  # two rows, two prompts a step, two epochs
     rewards = {key for key in steps[0] if key.startswith("rewards/") and key.endswith("/mean")}
-    first = "vlm_r1_iou" if line in ("rec", "lora", "more params") else "vlm_r1_accuracy"
+    first = "vlm_r1_accuracy" if line in ("multi-image gui", "ovd") else "vlm_r1_iou"
     assert f"rewards/{first}/mean" in rewards
     assert len(rewards) == (4 if line == "ovd" else 2)
     assert (tmp_path / "run" / "quarantine.jsonl").read_text() == ""
@@ -174,6 +191,33 @@ def test_rewards_it_has_not_are_refused(place, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             parse([*line, *changed])
+
+
+def test_a_list_of_files_is_read_with_its_shares(place, tmp_path, caplog):
+    entries = [
+        {"json_path": str(place / "rec.json"), "sampling_strategy": "first:1"},
+        {"json_path": str(place / "one.jsonl")},
+    ]
+    (tmp_path / "list.yaml").write_text(json.dumps({"datasets": entries}))
+    (config, _), notes = said(
+        caplog, place, tmp_path, "--dataset_name", str(tmp_path / "list.yaml"), line="grpo_rec"
+    )
+    assert config.data_file_paths == f"{place / 'rec.json'}:{place / 'one.jsonl'}"
+    assert config.image_folders == f"{place}:{place}"
+    assert config.data_sampling == ["first:1", "all"]
+    assert config.reward_funcs == ["vlm_r1/iou", "vlm_r1/format_rec"]
+    assert config.gradient_accumulation_steps == 16  # 8 completions are one group
+    assert (
+        sum(note.startswith("gradient_accumulation_steps: 16 in place of 2") for note in notes) == 1
+    )
+    train, _ = load_data(config)
+    assert [row["problem"] for row in train] == ["find 2", "find 0", "find 1"]
+    assert train[0]["solution"] == "<answer> [1,2,9,9] </answer>" and len(train[0]["images"]) == 1
+    (tmp_path / "list.yaml").write_text("datasets: 3")
+    with pytest.raises(InputError, match="dataset_name: .* must hold `datasets`"):
+        said(
+            caplog, place, tmp_path, "--dataset_name", str(tmp_path / "list.yaml"), line="grpo_rec"
+        )
 
 
 def test_defaults_are_its_own_when_its_flags_are_used(place, tmp_path, caplog):

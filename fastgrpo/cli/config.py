@@ -35,6 +35,10 @@ class FastGRPOConfig(RenamedConfig):
     reward_method: str | None = _option(
         None, "accu_reward_method of the rows that name none, one per data file, ':' between them."
     )
+    data_sampling: list[str] | None = field(
+        default=None,
+        metadata={"help": "How much of each data file: all, first:N, end:N, random:N or 5%."},
+    )
     stage_epochs: list[int] | None = field(
         default=None,
         metadata={"help": "data_file_paths are stages, in order, each this many times."},

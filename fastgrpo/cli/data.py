@@ -60,8 +60,14 @@ def _files(config: FastGRPOConfig, load, output: Path):
         load, task_type=config.task_type, question_template=config.question_template
     )
     file = output / "quarantine.jsonl"
-    files = (config.data_file_paths, config.image_folders)
-    train = load(*files, reward_method=config.reward_method, quarantine_file=file)
+    train = load(
+        config.data_file_paths,
+        config.image_folders,
+        reward_method=config.reward_method,
+        sampling=config.data_sampling,
+        seed=config.seed,
+        quarantine_file=file,
+    )
     if config.stage_epochs is not None:
         train = _staged(config, train)
     if config.eval_data_file_paths is None:

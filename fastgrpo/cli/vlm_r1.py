@@ -6,11 +6,14 @@ Source of the flags: om-ai-lab/VLM-R1, `grpo_jsonl.py`, `grpo_config.py` and `ru
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastgrpo.data.mixture import ALL, read_mixture
 from fastgrpo.errors import InputError
 
 REWARDS = {
@@ -41,7 +44,10 @@ IGNORED_THERE = (
     *("reward_weights", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     *("log_completions", "ds3_gather_for_generation", "max_prompt_length", "arrow_cache_dir"),
 )
-_ONLY_THERE = ("is_reward_customized_from_vlm_module", "freeze_vision_modules", "max_anyres_num")
+_ONLY_THERE = (
+    *("is_reward_customized_from_vlm_module", "freeze_vision_modules", "max_anyres_num"),
+    "image_root",
+)
 FALSE, TRUE = ("false", "no", "0"), ("true", "yes", "1")
 
 
@@ -83,6 +89,7 @@ def translate(values: dict[str, Any], known: Container[str]) -> Settings:
             settings.notes.append(f"{name}: {' '.join(_listed(value))}, VLM-R1's own default")
     if _has_dummy(values):
         settings.drop("dataset_name", "VLM-R1 takes a dummy here; the rows are data_file_paths'")
+    _mixture(settings)
     _rewards(settings)
     for name, ours in RENAMED.items():
         if name in settings.values:
@@ -92,8 +99,44 @@ def translate(values: dict[str, Any], known: Container[str]) -> Settings:
     _tiles(settings)
     _dropout(settings)
     _resume(settings)
+    _whole_groups(settings)
     _folders(settings)
     return settings
+
+
+def _mixture(settings: Settings) -> None:
+    """`grpo_rec.py`: a YAML list of files below `image_root`, always with the rewards of rec."""
+    values = settings.values
+    path = Path(str(values.get("dataset_name", "")))
+    if path.suffix not in (".yaml", ".yml"):
+        if "image_root" in values:
+            raise InputError("image_root: goes with a YAML list of files as dataset_name")
+        return
+    files, shares = read_mixture(path)
+    settings.drop("dataset_name", f"a list of files, read as data_file_paths {':'.join(files)}")
+    values["data_file_paths"] = ":".join(files)
+    if "image_root" in values:
+        values["image_folders"] = ":".join([str(values.pop("image_root"))] * len(files))
+    if set(shares) != {ALL}:
+        values["data_sampling"] = shares
+    values |= {"is_reward_customized_from_vlm_module": "true", "task_type": "rec"}
+
+
+def _whole_groups(settings: Settings) -> None:
+    """Its scripts start eight processes; fewer accumulate until whole groups are sampled."""
+    values = settings.values
+    group = int(values.get("num_generations", 8))
+    at_once = int(values.get("per_device_train_batch_size", 8)) * int(
+        os.environ.get("WORLD_SIZE", "1")
+    )
+    factor = group // math.gcd(group, at_once)
+    if factor > 1:
+        steps = int(values.get("gradient_accumulation_steps", 1))
+        values["gradient_accumulation_steps"] = str(steps * factor)
+        settings.notes.append(
+            f"gradient_accumulation_steps: {steps * factor} in place of {steps}, for {at_once} "
+            f"completions at a time are no whole groups of {group}"
+        )
 
 
 def _listed(value: Any) -> list[str]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import orjson
 
-from fastgrpo.data.conversation import IMAGE_TOKENS, QUESTION, RowFault, read_conversation
+from fastgrpo.data.conversation import IMAGE_TOKENS, QUESTION, TAG, RowFault, read_conversation
 from fastgrpo.data.files import read_rows
+from fastgrpo.data.mixture import ALL, sampled
 from fastgrpo.data.opened import check_columns, check_verification, finish, located, verify_image
 from fastgrpo.data.quarantine import Quarantine, SetAside
 from fastgrpo.errors import InputError
@@ -54,6 +55,8 @@ def load_vlm_r1(
     image_folders: str | Sequence[str | Path] | None = None,
     *,
     reward_method: str | Sequence[str] | None = None,
+    sampling: Sequence[str] | None = None,
+    seed: int = 0,
     task_type: str = "rec",
     question_template: str | None = None,
     image_tokens: Iterable[str] = IMAGE_TOKENS,
@@ -67,7 +70,9 @@ def load_vlm_r1(
     strings with ":" between the entries; no folders: each file's own; an empty folder: names are
     paths from the working folder. A file holds one JSON object
     a line, or one JSON array (`.json`). A row is `{"image" or "images": name, data URI or list of
-    them (optional), "conversations" or "messages": turns, ...}`, its turns read by
+    them (optional), "conversations" or "messages": turns, ...}`, or, without turns, `"problem"` and
+    `"solution"`, the images before the problem. `sampling` says how much of each file is read, in
+    the words of `data.mixture`, a random choice being that of `seed`. Turns are read by
     `read_conversation`: roles decide what is system, question and answer, earlier turns stay in the
     prompt, every `<image>` keeps its place and needs its file.
 
@@ -95,9 +100,12 @@ def load_vlm_r1(
     check_verification(verify_images, max_image_pixels)
     quarantine, table, aside = Quarantine(quarantine_file), _Table(), []
     checks = (image_tokens, verify_images, max_image_pixels)
-    for file, folder, method in zip(files, folders, methods, strict=True):
+    shares = [ALL] * len(files) if sampling is None else list(sampling)
+    if len(shares) != len(files):
+        raise InputError(f"data_sampling: {len(shares)} for the {len(files)} of data_file_paths")
+    for file, folder, method, share in zip(files, folders, methods, shares, strict=True):
         reader = RowReader(file, folder, template, method, *checks)
-        for line, row in read_rows(file):
+        for line, row in sampled(read_rows(file), share, seed):
             read = reader.read(line, row)
             aside.append(read) if isinstance(read, SetAside) else table.append(read)
     quarantine.add(*aside)
@@ -205,8 +213,11 @@ def _to_columns(
     names = [] if names is None else names if isinstance(names, list) else [names]
     resolve = functools.partial(_source, folder=folder)
     system = row.get("system")
+    turns = _only(row, TURNS, "conversations")
+    if turns is None and isinstance(row.get("problem"), str) and row.get("solution") is not None:
+        turns = [{"value": TAG * len(names) + row["problem"]}, {"value": row["solution"]}]
     read = read_conversation(
-        _only(row, TURNS, "conversations"),
+        turns,
         [resolve(name) for name in names],
         template=template,
         system=system if isinstance(system, str) and system.strip() else None,

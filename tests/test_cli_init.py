@@ -45,24 +45,33 @@ def test_what_init_writes_trains_as_it_is(started, capsys):
     assert max(entry["reward_std"] for entry in steps) > 0
     main(["report", str(started / "run")])
     assert (started / "run" / "report" / "report.html").exists()
+    main(["eval", "--config", config])
+    (one,) = json.loads((started / "run" / "eval" / "eval.json").read_text())["checkpoints"]
+    assert one["figures"]["rows"] == 2 and 0 <= one["figures"]["mean_iou"] <= 1
+    assert (started / "run" / "eval" / "run" / "worst.html").exists()
 
 
-def test_check_counts_by_hand(started, capsys):
+def test_check_counts_by_hand(started, capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text((started / "rows.jsonl").read_text() * 5)
     code, findings = check(
         capsys,
         *("--config", str(started / "config.yaml"), "--gradient_accumulation_steps", "3"),
-        *("--per_device_train_batch_size", "4"),
+        *("--per_device_train_batch_size", "4", "--data_file_paths", str(tmp_path / "rows.jsonl")),
     )
     assert code == 0
-    step, sampled = texts(findings, "batch")
+    step, sampled, run = texts(findings, "batch")
     assert step.startswith("4 completions a device x 1 process(es) x 3 accumulated = 12 compl")
     assert "12 completions, 3 prompts x 4, an optimizer step" in step
     assert sampled.startswith("12 completions of 3 prompts are sampled at once, for 3 micro-")
-    assert any(text.startswith("2 rows") for text in texts(findings, "data"))
+    assert (
+        run == "9 of 10 rows make an epoch of 3 optimizer step(s); the run takes 4, 1.33 epoch(s)"
+    )
+    assert any(text.startswith("10 rows, 10 images, 1 a row") for text in texts(findings, "data"))
     # Two turn starts and roles, an end, image start and end, 4 x 4 patches, "find the 7" in 3.
-    (tokens, images) = texts(findings, "prompts")
+    (tokens, images, longest) = texts(findings, "prompts")
     length = int(tokens.split()[0])
     assert length == 2 * 2 + 1 + 2 + 16 + 3
+    assert longest == f"{length + 24} tokens at most with a completion of 24"
     assert images == f"images of {112 * 112} pixels, seen as {112 * 112}"
     (memory,) = texts(findings, "memory")
     assert "of " in memory and "weights" in memory

@@ -59,6 +59,8 @@ WRONG = {
     "--num_generations four": "num_generations.*invalid int value: 'four'",
     "--num_generations": "num_generations.*expected one argument",
     "--num_generations 3": "divisible by num_generations",
+    "--per_device_train_batch_size 12": "12 completions .* of 3 prompts, and the data has 2 rows",
+    "--data_sampling some": "data_sampling: expected all, first:N",
     "--num_generations 1": "num_generations|at least 2",
     "--learning_rate fast": "learning_rate.*invalid float value",
     "--bf16 maybe": "bf16.*[Tt]ruthy value expected",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import statistics
 import sys
@@ -21,7 +22,7 @@ from fastgrpo.checkpoints import newest_complete
 from fastgrpo.cli import doctor
 from fastgrpo.cli.checkpoints import load_hf_config
 from fastgrpo.cli.config import FastGRPOConfig
-from fastgrpo.cli.data import load_data
+from fastgrpo.cli.data import check_rows, load_data
 from fastgrpo.cli.estimate import Memory, estimate
 from fastgrpo.cli.processor import image_tokens, load_processor
 from fastgrpo.cli.settings import parse
@@ -86,11 +87,14 @@ def check(arguments: list[str]) -> list[Finding]:
         hf_config = look("model", lambda: load_hf_config(config, model_config))
         say("model", _packing(hf_config))
         say("batch", _batch(config))
-        train = look("data", lambda: _load(config, processor))
-        say("data", _data(train))
+        train, held_out = look("data", lambda: _load(config, processor))
+        say("data", _data(train, held_out))
+        look("batch", lambda: check_rows(config, len(train)))
+        say("batch", _steps(config, len(train)))
         rows = _spread(train)
         prompt_tokens, lines = look("prompts", lambda: _prompts(rows, processor))
         say("prompts", iter(lines))
+        say("prompts", _context(config, hf_config, prompt_tokens))
         frame = model_frame(hf_config)
         functions = look("rewards", lambda: reward_settings(config)["reward_funcs"])
         say("rewards", _rewards(functions, train))
@@ -115,13 +119,19 @@ def _packing(hf_config) -> Iterator[tuple[str, str]]:
 
 def _load(config: FastGRPOConfig, processor):
     with tempfile.TemporaryDirectory() as folder:
-        train, _ = load_data(config, image_tokens(processor), Path(folder))
+        train, held_out = load_data(config, image_tokens(processor), Path(folder))
         train.quarantined = list(train.quarantined)
-    return train
+    return train, held_out
 
 
-def _data(train) -> Iterator[tuple[str, str]]:
-    yield "ok", f"{len(train)} rows, columns {', '.join(train.column_names)}"
+def _data(train, held_out) -> Iterator[tuple[str, str]]:
+    images = ""
+    if "image_path" in train.column_names:
+        counts = [len(own or ()) for own in train.with_format(None)["image_path"]]
+        images = f"{sum(counts)} images, {_span(counts)} a row, "
+    yield "ok", f"{len(train)} rows, {images}columns {', '.join(train.column_names)}"
+    if held_out is not None:
+        yield "ok", f"{len(held_out)} rows to evaluate on"
     for row in train.quarantined[:SHOWN_FAULTS]:
         yield "note", f"{row.file}:{row.line} set aside, {row.reason}: {row.message}"
     if len(train.quarantined) > SHOWN_FAULTS:
@@ -234,6 +244,35 @@ def _batch(config: FastGRPOConfig) -> Iterator[tuple[str, str]]:
     )
 
 
+def _steps(config: FastGRPOConfig, rows: int) -> Iterator[tuple[str, str]]:
+    """How many optimizer steps an epoch and the run take: TRL's sampler leaves out a last batch of
+    prompts that is not full.
+    """
+    prompts = config.generation_batch_size // config.num_generations
+    completions = rows // prompts * config.generation_batch_size * config.num_iterations
+    at_once = config.per_device_train_batch_size * config.world_size
+    epoch = max(1, completions // at_once // config.gradient_accumulation_steps)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(epoch * config.num_train_epochs)
+    used = rows // prompts * prompts
+    yield (
+        "ok",
+        (
+            f"{used} of {rows} rows make an epoch of {epoch} optimizer step(s); the run takes {steps}, "
+            f"{steps / epoch:.3g} epoch(s)"
+        ),
+    )
+
+
+def _context(config: FastGRPOConfig, hf_config, prompt: int) -> Iterator[tuple[str, str]]:
+    longest = prompt + config.max_completion_length
+    limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    text = f"{longest} tokens at most with a completion of {config.max_completion_length}"
+    if limit is not None and longest > limit:
+        yield "note", f"{text}, more than the {limit} positions the model was made for"
+    else:
+        yield "ok", text
+
+
 def _memory(memory: Memory) -> Iterator[tuple[str, str]]:
     share = ", ".join(f"{n} {b / GIB:.2g}" for n, b in memory.parts.items() if b)
     enough = memory.total <= memory.available
@@ -272,3 +311,7 @@ def _engine(config: FastGRPOConfig) -> Iterator[tuple[str, str]]:
         if name == config.backend and reason:
             yield "fault", f"backend: {name}: {reason}"
     yield "ok", f"packed attention: {config.backend or attention['uses']}"
+    unused = [entry["others"] for entry in (*used.values(), attention)]
+    reasons = dict.fromkeys((n, why) for others in unused for n, why in others.items() if why)
+    for name, reason in reasons:
+        yield "ok", f"{name} does not run: {reason}"

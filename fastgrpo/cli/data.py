@@ -40,6 +40,19 @@ def load_data(
     return _files(config, load, output)
 
 
+def check_rows(config: FastGRPOConfig, rows: int) -> None:
+    """`InputError` for rows that fill no batch of prompts: TRL's sampler leaves out one that is not
+    full, and the run would end without a step.
+    """
+    completions = config.generation_batch_size
+    prompts = completions // config.num_generations
+    if rows < prompts:
+        raise InputError(
+            f"per_device_train_batch_size: {completions} completions are sampled at once, of "
+            f"{prompts} prompts, and the data has {rows} rows"
+        )
+
+
 def _tables(config: FastGRPOConfig, load, output: Path):
     load = functools.partial(
         load,

@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     for command in ("check", "train"):
         print(f"  fastgrpo {command} --config {args.folder}/config.yaml")
     print(f"  fastgrpo report {args.folder}/run")
+    print(f"  fastgrpo eval --config {args.folder}/config.yaml")
 
 
 def write(folder: Path, model: str | None = None) -> None:

@@ -18,7 +18,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from fastgrpo import recipes, rewards
 from fastgrpo.checkpoints import fault_of, newest_complete
 from fastgrpo.cli.config import FastGRPOConfig
-from fastgrpo.cli.data import load_data
+from fastgrpo.cli.data import check_rows, load_data
 from fastgrpo.cli.processor import image_tokens, load_processor
 from fastgrpo.cli.settings import parse
 from fastgrpo.errors import InputError
@@ -70,6 +70,7 @@ def build_trainer(config: FastGRPOConfig, model_config: ModelConfig) -> FastGRPO
     """The trainer with its model, data and rewards, ready to train."""
     processor = load_processor(config, model_config)
     train, validation = load_data(config, image_tokens(processor))
+    check_rows(config, len(train))
     config.model_init_kwargs = {
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from fastgrpo.data.conversation import (
     IMAGE_TOKENS,
     QUESTION,
@@ -64,7 +66,8 @@ def load_table(
     kept: list[int] = []
     columns: dict[str, list] = {}
     by_name = reader.image_column is not None
-    for index, row in enumerate(rows):
+    shown = tqdm(rows, Path(name).name, unit=" rows", delay=2, disable=None, leave=False)
+    for index, row in enumerate(shown):
         line = row[ROW] if ROW in row else index + 1
         try:
             read, sources = reader.read(row)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import orjson
+from tqdm import tqdm
 
 from fastgrpo.data.conversation import IMAGE_TOKENS, QUESTION, TAG, RowFault, read_conversation
 from fastgrpo.data.files import read_rows
@@ -105,7 +106,8 @@ def load_vlm_r1(
         raise InputError(f"data_sampling: {len(shares)} for the {len(files)} of data_file_paths")
     for file, folder, method, share in zip(files, folders, methods, shares, strict=True):
         reader = RowReader(file, folder, template, method, *checks)
-        for line, row in sampled(read_rows(file), share, seed):
+        rows = sampled(read_rows(file), share, seed)
+        for line, row in tqdm(rows, file.name, unit=" rows", delay=2, disable=None, leave=False):
             read = reader.read(line, row)
             aside.append(read) if isinstance(read, SetAside) else table.append(read)
     quarantine.add(*aside)

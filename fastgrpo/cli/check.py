@@ -253,13 +253,11 @@ def _steps(config: FastGRPOConfig, rows: int) -> Iterator[tuple[str, str]]:
     at_once = config.per_device_train_batch_size * config.world_size
     epoch = max(1, completions // at_once // config.gradient_accumulation_steps)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(epoch * config.num_train_epochs)
-    used = rows // prompts * prompts
+    used, times = rows // prompts * prompts, steps / epoch
     yield (
         "ok",
-        (
-            f"{used} of {rows} rows make an epoch of {epoch} optimizer step(s); the run takes {steps}, "
-            f"{steps / epoch:.3g} epoch(s)"
-        ),
+        f"{used} of {rows} rows make an epoch of {epoch} optimizer step(s); the run takes {steps}, "
+        f"{times:.3g} epoch(s)",
     )
 
 

@@ -97,6 +97,16 @@ def test_answers_are_those_of_transformers(job, tmp_path):
         assert row["text"] == processor.decode(said, skip_special_tokens=True)
 
 
+def test_mathematics_with_a_text_model(tmp_path):
+    save_checkpoint(tmp_path / "text", "qwen2")
+    rows = [{"prompt": f"{i} + {i}?", "solution": str(2 * i)} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = f"--dataset_name {tmp_path}/rows.jsonl --max_completion_length 4 --task math"
+    main(["eval", str(tmp_path / "text"), *options.split()])
+    (one,) = json.loads((tmp_path / "text" / "eval" / "eval.json").read_text())["checkpoints"]
+    assert one["figures"]["rows"] == 3 and 0 <= one["figures"]["accuracy"] <= 1
+
+
 def test_a_folder_of_checkpoints_in_order_the_broken_one_named(job, tmp_path, caplog):
     run = tmp_path / "run"
     for step in (10, 9):

@@ -38,6 +38,10 @@ def test_what_init_writes_trains_as_it_is(started, capsys):
     assert code == 0 and all(f["state"] != "fault" for f in findings), findings
     assert not (started / "run").exists()  # a check writes nothing
     main(["train", "--config", config])
+    printed = capsys.readouterr().out
+    for command in (f"report {started}/run", f"eval {started}/run --config {config}"):
+        assert f"fastgrpo {command}\n" in printed
+    assert f"model: {(started / 'run').resolve()}\n" in printed
     history = json.loads((started / "run" / "trainer_state.json").read_text())["log_history"]
     steps = [entry for entry in history if "loss" in entry]
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4]

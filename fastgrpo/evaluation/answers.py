@@ -16,6 +16,7 @@ from fastgrpo.integrations.trl.frames import frame_columns, model_frame
 from fastgrpo.judges import HTTPJudge
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing import Group
+from fastgrpo.rewards.read.chat import content_text
 from fastgrpo.rollout import generate
 
 
@@ -43,10 +44,13 @@ class Writing:
     template: dict[str, Any] = field(default_factory=dict)  # of the chat template
 
     def prompt(self, processor, row: dict) -> str:
-        if isinstance(row["prompt"], str):
-            return row["prompt"]
+        messages = row["prompt"]
+        if isinstance(messages, str):
+            return messages
+        if not hasattr(processor, "image_processor"):  # a text model's template joins texts
+            messages = [m | {"content": content_text(m["content"])} for m in messages]
         return processor.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, tokenize=False, **self.template
+            messages, add_generation_prompt=True, tokenize=False, **self.template
         )
 
 

@@ -95,11 +95,13 @@ def load_hf_config(config: FastGRPOConfig, model_config: ModelConfig):
         raise InputError(f"model_name_or_path: no config in {name!r}: {reason}") from error
 
 
-def load_model(config: FastGRPOConfig, model_config: ModelConfig, hf_config):
-    """The model in eval mode on the device at hand, an adapter laid over its base.
+def dtype_of(config: FastGRPOConfig, model_config: ModelConfig) -> str:
+    """That of the weights of a model that is not trained: what the run computes in."""
+    return model_config.dtype or ("bfloat16" if config.bf16 else "float32")
 
-    In `dtype`, or bfloat16 where the run computes in it, else float32.
-    """
+
+def load_model(config: FastGRPOConfig, model_config: ModelConfig, hf_config):
+    """The model in eval mode on the device at hand, an adapter laid over its base."""
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     place, base = model_config.model_name_or_path, _base_of(model_config)
     names = getattr(hf_config, "architectures", None) or []
@@ -110,7 +112,7 @@ def load_model(config: FastGRPOConfig, model_config: ModelConfig, hf_config):
         model = cls.from_pretrained(
             base,
             revision=model_config.model_revision,
-            dtype=model_config.dtype or ("bfloat16" if config.bf16 else "float32"),
+            dtype=dtype_of(config, model_config),
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 from trl import ModelConfig
 
-from fastgrpo.cli.checkpoints import checkpoints_of, load_hf_config, load_model
+from fastgrpo.cli.checkpoints import checkpoints_of, dtype_of, load_hf_config, load_model
 from fastgrpo.cli.config import FastGRPOConfig
 from fastgrpo.cli.data import load_data
 from fastgrpo.cli.processor import image_tokens, load_processor
@@ -104,7 +104,7 @@ def _settings(models: list[str], rest: list[str]) -> tuple[FastGRPOConfig, Model
     given = [] if "--config" in rest or not models else ["--model_name_or_path", models[0]]
     if not models and "--config" not in rest:
         raise InputError("MODEL is required, or --config")
-    return parse([*given, *rest], logger.info)
+    return parse([*given, *rest])
 
 
 def _default_out(models: Sequence[str]) -> Path:
@@ -151,7 +151,7 @@ def _evaluate(name, chosen, dataset, folder, config: FastGRPOConfig, model_confi
         "repetition_penalty": writing.repetition_penalty,
         "chat_template_kwargs": template,
         "image_size": None if size is None else dict(size),
-        "written_by": options.server or "packed rows",
+        "written_by": options.server or f"packed rows in {dtype_of(config, model_config)}",
     }
 
     def answerer() -> Answerer:

@@ -147,9 +147,10 @@ def fingerprint(dataset) -> str:
 
 
 def weights_fingerprint(folder: Path, pieces: int = 16, size: int = 1 << 16) -> str:
-    """A hash of the size and of evenly spaced pieces of each weight file of a local checkpoint."""
+    """A hash of the size and of evenly spaced pieces of each weight file of a local checkpoint, and
+    of what an adapter says about its base."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")]):
         length = path.stat().st_size
         digest.update(f"{path.name} {length}\n".encode())
         with path.open("rb") as file:

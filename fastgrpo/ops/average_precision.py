@@ -84,8 +84,7 @@ def average_precision(
     tensors = [t.detach().to(place) for t in tensors]
     if impl == "reference":
         options = {"thresholds": thresholds, "max_dets": max_dets, "area_range": area_range}
-        whole = reference.pooled_average_precision if pooled else reference.average_precision
-        ap = whole(*tensors, pred_sizes, gt_sizes, **options)
+        ap = reference.average_precision(*tensors, pred_sizes, gt_sizes, **options, pooled=pooled)
     else:
         module = "_cuda" if impl == "cuda" else "_cpp"
         kernel = import_module(f"fastgrpo_kernels.{module}").average_precision

@@ -26,48 +26,17 @@ def average_precision(
     thresholds: Sequence[float],
     max_dets: int,
     area_range: tuple[float, float] | None,
+    pooled: bool = False,
 ) -> torch.Tensor:
-    """(B, len(thresholds)) float64 on the CPU."""
+    """(B, len(thresholds)) float64 on the CPU; (len(thresholds),) pooled."""
     parts = _samples(
         pred_boxes, pred_labels, pred_scores, gt_boxes, gt_labels, pred_sizes, gt_sizes
     )
-    rows = [_sample(*part, thresholds, max_dets, area_range) for part in parts]
+    settings = (thresholds, max_dets, area_range)
+    if pooled:
+        return torch.tensor(_all_samples(list(parts), *settings), dtype=torch.float64)
+    rows = [_sample(*part, *settings) for part in parts]
     return torch.tensor(rows, dtype=torch.float64).view(-1, len(thresholds))
-
-
-def pooled_average_precision(
-    pred_boxes: torch.Tensor,
-    pred_labels: torch.Tensor,
-    pred_scores: torch.Tensor,
-    gt_boxes: torch.Tensor,
-    gt_labels: torch.Tensor,
-    pred_sizes: list[int],
-    gt_sizes: list[int],
-    *,
-    thresholds: Sequence[float],
-    max_dets: int,
-    area_range: tuple[float, float] | None,
-) -> torch.Tensor:
-    """(len(thresholds),) float64 on the CPU: boxes are matched sample by sample, and the outcomes
-    of a class ranked by score over all samples, equal scores in the order of the samples.
-    """
-    parts = _samples(
-        pred_boxes, pred_labels, pred_scores, gt_boxes, gt_labels, pred_sizes, gt_sizes
-    )
-    classes: dict[int, list] = {label: [] for label in gt_labels.unique().tolist()}
-    for boxes, labels, scores, gt, gt_label in parts:
-        for label in torch.cat([labels, gt_label]).unique().tolist():
-            if label in classes:
-                pred = labels == label
-                own = (boxes[pred], scores[pred], gt[gt_label == label])
-                classes[label].append(_class(*own, thresholds, max_dets, area_range))
-    if area_range is None and not classes:
-        value = 1.0 if len(pred_boxes) == 0 else 0.0
-    else:
-        value = -1.0
-    aps = [ap for ap in map(_pooled, classes.values()) if ap is not None]
-    means = [sum(column) / len(aps) for column in zip(*aps, strict=True)]
-    return torch.tensor(means or [value] * len(thresholds), dtype=torch.float64)
 
 
 def _samples(boxes, labels, scores, gt_boxes, gt_labels, pred_sizes, gt_sizes) -> Iterator[tuple]:
@@ -84,6 +53,24 @@ def _pooled(samples: list[tuple]) -> list[float] | None:
     columns = zip(*(outcomes for _, outcomes, _ in samples), strict=True)
     ranked = ([outcome for sample in column for outcome in sample] for column in columns)
     return [_interpolate([flat[i] for i in order.tolist()], counted) for flat in ranked]
+
+
+def _all_samples(samples, thresholds, max_dets, area_range) -> list[float]:
+    """Boxes are matched sample by sample, and the outcomes of a class ranked by score over all
+    samples, equal scores in the order of the samples."""
+    found: dict[int, list] = {
+        label: [] for *_, gt_labels in samples for label in gt_labels.tolist()
+    }
+    for boxes, labels, scores, gt_boxes, gt_labels in samples:
+        for label in torch.cat([labels, gt_labels]).unique().tolist():
+            if label in found:
+                pred = labels == label
+                own = (boxes[pred], scores[pred], gt_boxes[gt_labels == label])
+                found[label].append(_class(*own, thresholds, max_dets, area_range))
+    aps = [ap for ap in map(_pooled, found.values()) if ap is not None]
+    if not aps and area_range is None:
+        return [0.0 if any(len(boxes) for boxes, *_ in samples) else 1.0] * len(thresholds)
+    return [sum(column) / len(aps) for column in zip(*aps, strict=True)] or [-1.0] * len(thresholds)
 
 
 def _sample(boxes, labels, scores, gt_boxes, gt_labels, thresholds, max_dets, area_range):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recurrent layers over a packed row: what is exact, and that each way to leak is seen."""
+"""Recurrent layers over a packed row: both routes are exact, and a layer that leaves is seen."""
 
 import pytest
 import torch
@@ -63,52 +63,6 @@ def test_rescan_only_where_a_kernel_serves_and_little_is_repeated():
     assert table.route(seam(False), gpu) == "fork"
     table.repeated = branches.RESCAN_TOKENS
     assert table.route(seam(True), gpu) == "fork"
-
-
-def zero_state(patch):
-    run = branches.Sequences.run
-
-    def zero(self, rule, inputs, state, *args, **kwargs):
-        return run(self, rule, inputs, None, *args, **kwargs)
-
-    patch.setattr(branches.Sequences, "run", zero)
-
-
-def cut_gradient(patch):
-    run = branches.Sequences.run
-
-    def cut(self, rule, inputs, state, *args, **kwargs):
-        return run(self, rule, inputs, None if state is None else state.detach(), *args, **kwargs)
-
-    patch.setattr(branches.Sequences, "run", cut)
-
-
-def leaking_convolution(patch):
-    def leak(original, mixed, weight, bias, activation, layout):
-        return original(mixed, weight, bias, activation=activation)
-
-    patch.setattr("fastgrpo.recurrence.seams.convolve", leak)
-
-
-def leaking_rule(patch):
-    def leak(rule, inputs, layout, **options):
-        q, k, v, g, beta = inputs
-        return rule(q, k, v, g=g, beta=beta, **options)[0]
-
-    patch.setattr("fastgrpo.recurrence.seams.delta_rule", leak)
-
-
-@pytest.mark.parametrize("fault", (zero_state, leaking_convolution, leaking_rule))
-def test_a_leak_shows_in_the_log_probs(case, fault, monkeypatch):
-    fault(monkeypatch)
-    error, grad_error = errors(case)
-    assert error > 1e-3 and grad_error > 1e-2
-
-
-def test_a_cut_gradient_shows_in_the_gradients_alone(case, monkeypatch):
-    cut_gradient(monkeypatch)
-    error, grad_error = errors(case)
-    assert error <= 1e-12 and grad_error > 1e-2
 
 
 def test_a_mixer_that_never_reaches_the_seams_raises(case, monkeypatch):

@@ -185,3 +185,13 @@ class Family:
         from transformers import AutoConfig
 
         return AutoConfig.for_model(self.name, **text, **top)
+
+    tiny_image_text = ""  # what its chat template writes for an image, before the processor
+
+    def tiny_tokens(self, config) -> dict[str, tuple[str, int | None]]:
+        """The tokens a processor asks its tokenizer for: attribute -> (text, id; None: any)."""
+        return {}
+
+    def tiny_processor(self, config, tokenizer, **options):
+        """A processor of transformers whose images fit `tiny_config`; `options` are passed on."""
+        raise NotImplementedError

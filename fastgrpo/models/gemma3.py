@@ -81,5 +81,23 @@ class Gemma3(Gemma3Text, Tiles):
     def tiny_top(self, text, vision):
         return {"mm_tokens_per_image": 4, "boi_token_index": 103, "eoi_token_index": 104}
 
+    tiny_image_text = "<start_of_image>"
+
+    def tiny_tokens(self, config):
+        return {
+            "boi_token": (self.tiny_image_text, config.boi_token_index),
+            "image_token": ("<image_soft_token>", config.image_token_id),
+            "eoi_token": ("<end_of_image>", config.eoi_token_index),
+        }
+
+    def tiny_processor(self, config, tokenizer, **options):
+        from transformers import Gemma3ImageProcessorPil, Gemma3Processor
+
+        side = config.vision_config.image_size
+        pictures = Gemma3ImageProcessorPil(size={"height": side, "width": side})
+        return Gemma3Processor(
+            pictures, tokenizer, image_seq_length=config.mm_tokens_per_image, **options
+        )
+
 
 FAMILIES = (Gemma3("gemma3"), Gemma3Text("gemma3_text"))

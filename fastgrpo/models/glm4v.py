@@ -38,5 +38,11 @@ class Glm4V(QwenVL):
         rope = {"partial_rotary_factor": 0.5} | text["rope_parameters"]
         return text | {"head_dim": 16, "pad_token_id": 0, "rope_parameters": rope}, tower | vision
 
+    def tiny_tokens(self, config):
+        return super().tiny_tokens(config) | {
+            "vision_start_token": ("<|vision_start|>", config.image_start_token_id),
+            "vision_end_token": ("<|vision_end|>", config.image_end_token_id),
+        }
+
 
 FAMILIES = (Glm4V("glm4v"), Glm4V("glm46v"))

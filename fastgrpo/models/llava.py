@@ -30,5 +30,27 @@ class Llava(Tiles):
     def tiny_top(self, text, vision):
         return {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 
+    def tiny_processor(self, config, tokenizer, **options):
+        import transformers
+
+        tower = config.vision_config
+        kind = {"llava": "Llava", "llava_next": "LlavaNext"}[self.name]
+        side = {"height": tower.image_size, "width": tower.image_size}
+        pictures = getattr(transformers, f"{kind}ImageProcessorPil")(
+            size={"shortest_edge": tower.image_size}, crop_size=side, **self.tiny_pictures(config)
+        )
+        return getattr(transformers, f"{kind}Processor")(
+            pictures,
+            tokenizer,
+            patch_size=tower.patch_size,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            num_additional_image_tokens=1,
+            **options,
+        )
+
+    def tiny_pictures(self, config) -> dict:
+        """This family's options of the image processor."""
+        return {}
+
 
 FAMILIES = (Llava("llava"),)

@@ -72,6 +72,9 @@ class LlavaNext(Llava):
             "image_grid_pinpoints": [[8, 16], [16, 8], [16, 16]]
         }
 
+    def tiny_pictures(self, config):
+        return {"image_grid_pinpoints": config.image_grid_pinpoints}
+
 
 def _grid(size: Tensor, config) -> tuple[int, int]:
     """Rows and columns of tiles of a picture of this size."""

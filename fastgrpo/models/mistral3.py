@@ -68,5 +68,25 @@ class Mistral3(Tiles):
     def tiny_top(self, text, vision):
         return {"spatial_merge_size": 2, "vision_feature_layer": -1}
 
+    tiny_image_text = "[IMG]"
+
+    def tiny_tokens(self, config):
+        return super().tiny_tokens(config) | {
+            "image_break_token": ("[IMG_BREAK]", None),
+            "image_end_token": ("[IMG_END]", None),
+        }
+
+    def tiny_processor(self, config, tokenizer, **options):
+        from transformers import PixtralImageProcessorPil, PixtralProcessor
+
+        patch, merge = config.vision_config.patch_size, config.spatial_merge_size
+        side = patch * merge
+        pictures = PixtralImageProcessorPil(
+            patch_size={"height": side, "width": side}, size={"longest_edge": 4 * side}
+        )
+        return PixtralProcessor(
+            pictures, tokenizer, patch_size=patch, spatial_merge_size=merge, **options
+        )
+
 
 FAMILIES = (Mistral3("mistral3"),)

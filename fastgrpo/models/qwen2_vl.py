@@ -97,6 +97,31 @@ class QwenVL(Family):
         base = dict(depth=3, patch_size=4, spatial_merge_size=2, temporal_patch_size=2, num_heads=2)
         return text, base | vision
 
+    tiny_image_text = "<|vision_start|><|image_pad|><|vision_end|>"
+
+    def tiny_tokens(self, config):
+        return {
+            "vision_start_token": ("<|vision_start|>", config.vision_start_token_id),
+            "vision_end_token": ("<|vision_end|>", config.vision_end_token_id),
+            "image_token": ("<|image_pad|>", config.image_token_id),
+            "video_token": ("<|video_pad|>", config.video_token_id),
+        }
+
+    def tiny_processor(self, config, tokenizer, **options):
+        """PaddleOCRVLProcessor joins an image processor and a tokenizer as Qwen2_5_VLProcessor
+        does, without the video half, which needs torchvision."""
+        from transformers import PaddleOCRVLProcessor, Qwen2VLImageProcessorPil
+
+        vision = config.vision_config
+        side = vision.patch_size * vision.spatial_merge_size
+        image_processor = Qwen2VLImageProcessorPil(
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            size={"shortest_edge": side * side, "longest_edge": 64 * side * side},
+        )
+        return PaddleOCRVLProcessor(image_processor, tokenizer, **options)
+
 
 class Qwen2VL(QwenVL):
     """Boxes were taught in thousandths."""

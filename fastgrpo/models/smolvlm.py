@@ -80,5 +80,22 @@ class SmolVLM(Tiles):
     def tiny_top(self, text, vision):
         return {"scale_factor": 2}
 
+    def tiny_tokens(self, config):
+        return super().tiny_tokens(config) | {
+            "fake_image_token": ("<fake_token_around_image>", None),
+            "end_of_utterance_token": ("<end_of_utterance>", None),
+        }
+
+    def tiny_processor(self, config, tokenizer, **options):
+        """Idefics3Processor for both: SmolVLM's has a video half, which needs torchvision."""
+        from transformers import Idefics3ImageProcessorPil, Idefics3Processor
+
+        side = config.vision_config.image_size
+        pictures = Idefics3ImageProcessorPil(
+            size={"longest_edge": 2 * side}, max_image_size={"longest_edge": side}
+        )
+        tokens = self.image_tokens({}, config)
+        return Idefics3Processor(pictures, tokenizer, image_seq_len=tokens, **options)
+
 
 FAMILIES = (SmolVLM("smolvlm"), SmolVLM("idefics3"))

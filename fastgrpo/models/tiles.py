@@ -102,3 +102,8 @@ class Tiles(Family):
     def tiny_top(self, text: dict, vision: dict) -> dict:
         """This family's fields beside the two sub-configs."""
         return {}
+
+    tiny_image_text = "<image>"
+
+    def tiny_tokens(self, config):
+        return {"image_token": (self.tiny_image_text, config.image_token_id)}

@@ -39,8 +39,12 @@ def distinct_characters(completions, **columns) -> list[float]:
     return [float(len(set(completion[0]["content"]))) for completion in completions]
 
 
-def build_trainer(cls, checkpoint: Path, output: Path, *, rows=None, reward=None, **options):
+def build_trainer(
+    cls, checkpoint: Path, output: Path, *, rows=None, reward=None, processor=None, **options
+):
     """A trainer of class `cls` on `checkpoint`; `options` override GRPOConfig's fields.
+
+    `processor` is the checkpoint's own unless given.
 
     `fast`, `rule`, `perception`, `peft_config`, `eval_dataset` and `callbacks` go to the
     constructor. Two prompts of four
@@ -74,10 +78,9 @@ def build_trainer(cls, checkpoint: Path, output: Path, *, rows=None, reward=None
     )
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     model = getattr(transformers, config.architectures[0]).from_pretrained(checkpoint)
-    if hasattr(config, "vision_config"):
-        processor = transformers.AutoProcessor.from_pretrained(checkpoint)
-    else:
-        processor = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    if processor is None:
+        auto = "AutoProcessor" if hasattr(config, "vision_config") else "AutoTokenizer"
+        processor = getattr(transformers, auto).from_pretrained(checkpoint)
     return cls(
         model,
         reward or distinct_characters,

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family in the trainer: the numbers of stock TRL with the same seeds.
+
+Five steps of every family are slow tests; two steps of one family of each layout run always.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from trl_runs import SAME_ROWS, StockTrainer, deviation  # noqa: E402
+
+from fastgrpo.integrations.trl import FastGRPOTrainer  # noqa: E402
+from fastgrpo.testing import models as tm  # noqa: E402
+from fastgrpo.testing.processors import tiny_processor  # noqa: E402
+from fastgrpo.testing.trl import build_trainer, image_row, save_checkpoint, steps_of  # noqa: E402
+
+CORE = ("gemma3", "internvl", "llava_next", "smolvlm")
+STEPS = [(family, 2) for family in CORE] + [
+    pytest.param(family, 5, marks=pytest.mark.slow) for family in tm.FAMILIES
+]
+
+
+def train_both(family, tmp_path, rows, **options):
+    """TRL's run and ours; the largest relative difference of a logged number."""
+    checkpoint = save_checkpoint(tmp_path / family, family)
+    runs = []
+    for cls, fast in ((StockTrainer, {}), (FastGRPOTrainer, {"fast": SAME_ROWS})):
+        if family in tm.VLM_FAMILIES:  # with sizes of its own: a class may not load by its name
+            options["processor"] = tiny_processor(tm.tiny_config(family))
+        trainer = build_trainer(
+            cls, checkpoint, tmp_path / cls.__name__, rows=rows, **fast, **options
+        )
+        trainer.train()
+        runs.append(trainer)
+    stock, ours = runs
+    assert ours._padded_reason is None
+    assert any(entry["grad_norm"] > 0 for entry in steps_of(stock))
+    return deviation(ours, stock)
+
+
+def rows_for(family):
+    """Prompts of one image and of two, or of text."""
+    if family in tm.VLM_FAMILIES:
+        return [image_row(i, 1 + i % 2) for i in range(4)]
+    return [{"prompt": [{"role": "user", "content": f"find {i}"}]} for i in range(4)]
+
+
+@pytest.mark.parametrize("family, steps", STEPS)
+def test_same_numbers_as_trl(family, steps, tmp_path):
+    options = {}
+    if hasattr(tm.tiny_config(family).get_text_config(), "router_aux_loss_coef"):
+        options["router_aux_loss_coef"] = 0.0
+    worst = train_both(family, tmp_path, rows_for(family), max_steps=steps, **options)
+    print(f"{family}: {worst:.1e}")
+    assert worst <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_5", pytest.param("qwen3_next", marks=pytest.mark.slow)]
+)
+def test_lora_on_a_hybrid(family, tmp_path):
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules=["in_proj_.*", "out_proj", "q_proj", "v_proj"])
+    options = {"max_steps": 2, "peft_config": lora}
+    if family == "qwen3_next":
+        options["router_aux_loss_coef"] = 0.0
+    assert train_both(family, tmp_path, rows_for(family), **options) <= 1e-4

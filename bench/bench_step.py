@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward and backward of the policy log-probs of one VLM group: fastgrpo against TRL's own method.
 
+`--family X ...` (or all) times a small model of each family instead, on the CPU.
+
 A Qwen2.5-VL built from a config, one prompt with one image, G completions. Both compute the same
 log-probs of the same tokens and the gradients of every parameter; TRL pads G full rows and runs
 the vision tower on G copies of the image.
@@ -9,9 +11,11 @@ the vision tower on G copies of the image.
 import argparse
 import contextlib
 import inspect
+import time
 from types import SimpleNamespace
 
 import common
+import families
 import torch
 
 import fastgrpo as fg
@@ -78,7 +82,10 @@ def trl_logp(model, group: fg.Group) -> torch.Tensor:
         mask[i, : len(completion)] = 1
     prompt = group.prompt_ids.expand(count, -1)
     ids = torch.cat([prompt, completions], 1)
-    grid = group.vision["image_grid_thw"]
+    family = fg.models.families()[model.config.model_type]
+    vision = {k: x.repeat(count, *[1] * (x.ndim - 1)) for k, x in group.vision.items()}
+    given = family.stock_inputs(model.config, ids, vision, prompt.shape[1])
+    given.pop("batch_num_images", None)  # TRL does not pass it on; one image a prompt needs none
     method = inspect.unwrap(GRPOTrainer._get_per_token_logps_and_entropies)
     trainer = SimpleNamespace(accelerator=SimpleNamespace(autocast=contextlib.nullcontext))
     logp, _, _ = method(
@@ -87,10 +94,8 @@ def trl_logp(model, group: fg.Group) -> torch.Tensor:
         ids,
         torch.cat([torch.ones_like(prompt), mask], 1),
         longest,
-        pixel_values=group.vision["pixel_values"].repeat(count, 1),
-        image_grid_thw=grid.repeat(count, 1),
-        num_images=[len(grid)] * count,
-        mm_token_type_ids=(ids == tm.IMAGE_ID).int(),
+        num_images=[len(family.split_images(group.vision))] * count if vision else None,
+        **given,
     )
     return logp[mask.bool()]
 
@@ -113,9 +118,40 @@ def saved_mib(run, model) -> float:
     return sum(sizes.values()) / 2**20
 
 
+def family_rows(name: str) -> list[common.Row]:
+    """One family's step, each timed once after a warm-up."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model, group = families.build(name)
+    stock, _ = families.build(name)
+    add_fused_lm_head(stock)
+    grads, ms = {}, {}
+    weights = torch.linspace(-1, 1, sum(group.lengths))
+    variants = {"fastgrpo": (model, fastgrpo_logp), "TRL": (stock, trl_logp)}
+    for variant, (owner, logp) in variants.items():
+        for _ in range(2):  # the first is the warm-up
+            owner.zero_grad(set_to_none=True)
+            start = time.perf_counter()
+            (logp(owner, group) * weights).sum().backward()
+            ms[variant] = (time.perf_counter() - start) * 1e3
+        grads[variant] = tm.take_grads(owner)
+    ratio = {"TRL time / ours": ms["TRL"] / ms["fastgrpo"]}
+    tokens, lengths = families.image_tokens(model, group), group.lengths
+    text = f"{name} P={len(group.prompt_ids)} ({tokens} of images)"
+    text += f" G={len(lengths)} C={min(lengths)}-{max(lengths)}"
+    error = tm.grad_error(grads["fastgrpo"], grads["TRL"])[0]
+    return [
+        common.Row("families", text, "fastgrpo", ms["fastgrpo"], error=error, extra=ratio),
+        common.Row("families", text, "TRL", ms["TRL"]),
+    ]
+
+
 def rows(args: argparse.Namespace) -> list[common.Row]:
     from trl.trainer.utils import add_fused_lm_head
 
+    if chosen := getattr(args, "family", None):
+        names = fg.models.families() if chosen == ["all"] else chosen
+        return [row for name in names for row in family_rows(name)]
     shape = "small" if args.small else "cuda" if args.device == "cuda" else "full"
     model, group = build(shape, args.device)
     stock, _ = build(shape, args.device)
@@ -173,4 +209,4 @@ def _facts(model, logp, group, step, name: str) -> dict:
 
 
 if __name__ == "__main__":
-    common.main(rows)
+    common.main(rows, family={"nargs": "+", "help": "families by model type instead, or all"})

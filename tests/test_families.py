@@ -73,6 +73,17 @@ def test_without_its_file_the_family_is_refused():
         registry.family_of(OlmoConfig())
 
 
+@pytest.mark.parametrize("name", registry.REFUSED)
+def test_a_refusal_has_its_reason(name):
+    from transformers import PretrainedConfig
+
+    assert name not in models.families()
+    config = PretrainedConfig()
+    config.model_type = name
+    with pytest.raises(fg.InputError, match=f"'{name}' is not served: .*; the packed forward"):
+        registry.family_of(config)
+
+
 def naive(model, groups):
     logp = tm.naive_logp(model, groups)
     tm.weighted_sum(logp, tm.random_weights(groups)).backward()

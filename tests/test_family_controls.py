@@ -92,8 +92,7 @@ def test_the_fault_shows(case, family, fault, monkeypatch):
 
 
 ORDERED = [
-    pytest.param(family, marks=() if family in CORE else pytest.mark.slow)
-    for family in tm.FAMILIES
+    pytest.param(family, marks=() if family in CORE else pytest.mark.slow) for family in tm.FAMILIES
 ]
 
 

@@ -220,9 +220,11 @@ def test_unknown_vision_inputs_and_videos():
     model, g, _ = vlm_case(vision=dict(good.vision, image_sizes=torch.ones(2)))
     refused(model, g, r"vision\['image_sizes'\] is not understood")
     model, g, _ = vlm_case(vision=dict(good.vision, pixel_values_videos=torch.ones(2)))
-    refused(model, g, "videos are not served")
+    refused(model, g, "vision lacks 'video_grid_thw'")
     model, g, _ = vlm_case(prompt_ids=torch.cat([good.prompt_ids, ids(tm.VIDEO_ID)]))
-    refused(model, g, "video placeholders")
+    refused(model, g, "1 video tokens, vision has no videos")
+    glm = tm.tiny_model("glm4v")
+    refused(glm, g, "video placeholders; videos are not served")
     _, g, _ = vlm_case()
     refused(tm.tiny_model("qwen2"), g, "images given to text model 'qwen2'")
 

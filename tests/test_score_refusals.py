@@ -28,9 +28,9 @@ def test_hybrid_layers(kind):
         family_of(config("qwen3", layer_types=["full_attention", kind]))
 
 
-@pytest.mark.parametrize("model_type", ("gemma4", "qwen4_exp", "paligemma", "gpt2"))
+@pytest.mark.parametrize("model_type", ("gemma2", "qwen4_exp", "gpt2"))
 def test_families_not_on_the_list(model_type):
-    with pytest.raises(fg.InputError, match=f"'{model_type}' is not served; .*qwen2_5_vl"):
+    with pytest.raises(fg.InputError, match=f"'{model_type}' is not served.*; .*qwen2_5_vl"):
         family_of(config(model_type))
 
 

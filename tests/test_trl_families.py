@@ -57,9 +57,7 @@ def test_same_numbers_as_trl(family, steps, tmp_path):
     assert worst <= 1e-4
 
 
-@pytest.mark.parametrize(
-    "family", ["qwen3_5", pytest.param("qwen3_next", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("family", ["qwen3_5", pytest.param("qwen3_next", marks=pytest.mark.slow)])
 def test_lora_on_a_hybrid(family, tmp_path):
     from peft import LoraConfig
 

@@ -100,7 +100,7 @@ def test_another_layout_of_pixels_and_images_of_a_tool_are_refused():
     with pytest.raises(InputError, match="pixel_values"):
         read(*batch([[1]], [[2]]), dict(pixel_values=torch.zeros(2, 3, 4, 4)), num_images=[2])
     with pytest.raises(InputError, match="tool"):
-        read(*batch([[1]], [[2]]), mm_token_type_ids=torch.tensor([[0, 1]]))
+        read(*batch([[1]], [[2]]), token_type_ids=torch.tensor([[0, 1]]))
 
 
 def test_scatter_puts_values_in_their_rows_zeros_elsewhere_and_passes_gradients():

@@ -89,12 +89,15 @@ def _batch(segments: Tensor, window: int | None, layout) -> tuple[Batch, Tensor,
     mask = j[:, None] <= text_pos
     if window is not None:
         mask &= text_pos - j[:, None] < window
-    if layout.blocks:
+    blocks = layout.has_blocks(window)
+    if blocks:
         block = layout.block_ids().cpu()
         of_query, of_key = block[query_index], block[key_index.view(len(segments), -1)]
         same = (of_query[:, :, None] == of_key[:, None]) & (of_query >= 0)[:, :, None]
+        if layout.local_blocks:
+            same &= text_pos - j[:, None] < window
         mask = mask | (same & (j < keys)[:, None])
-    plain = window is None and not prefix.any() and bool(real.all()) and not layout.blocks
+    plain = window is None and not prefix.any() and bool(real.all()) and not blocks
     device = layout.kv_index.device
     batch = Batch(
         len(segments),

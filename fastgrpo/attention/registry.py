@@ -164,9 +164,11 @@ def _group_attention(fallback: str) -> Callable:
         dropout: float = 0.0,
         sliding_window: int | None = None,
         fg_layout=None,
+        softcap: float | None = None,
         **kwargs,
     ):
         if fg_layout is None:
+            kwargs |= {} if softcap is None else {"softcap": softcap}
             return _stock(fallback, module)(
                 module,
                 query,
@@ -178,6 +180,8 @@ def _group_attention(fallback: str) -> Callable:
                 sliding_window=sliding_window,
                 **kwargs,
             )
+        if softcap is not None:
+            raise InputError(f"attention scores capped by {softcap} are not served in a packed row")
         _check_call(query, key, attention_mask, dropout, fg_layout)
         # A rollout's state attends by itself; a GroupLayout names a backend.
         attend = getattr(fg_layout, "attend", None) or _attend_of(fg_layout)

@@ -13,7 +13,12 @@ from torch import Tensor
 from fastgrpo.engine.parallel import busiest, distributed
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.models.head import effective_head, replaced_head, under_autocast
+from fastgrpo.models.head import (
+    effective_head,
+    replaced_head,
+    under_autocast,
+    without_softcap,
+)
 from fastgrpo.ops.gather_rows import gather_rows
 from fastgrpo.packing.row import PackedRow
 from fastgrpo.packing.vision import FeatureStore, idle_tower, shared_features
@@ -25,7 +30,8 @@ def forward_row(
     """Run the model on `row`; returns head(hidden (N, D), weight (V, D), bias) as a tensor.
 
     `head` is called where the model calls its lm_head, inside the root's forward, and its result
-    leaves through the model's output, so that the hooks of FSDP and ZeRO see both.
+    leaves through the model's output, so that the hooks of FSDP and ZeRO see both. Where the model
+    caps its logits (`adapter.softcap`) it does.
     """
 
     def project(hidden: Tensor) -> Tensor:
@@ -34,7 +40,8 @@ def forward_row(
         # A fresh tensor, not a view: FSDP's hook on the output would be lost with a view.
         return torch.stack([head(*under_autocast(hidden, *effective_head(adapter.head)))])
 
-    with replaced_head(adapter.head, project), row_images(adapter, row, store) as images:
+    capped = without_softcap(adapter.text_config)  # `head` caps, where it has logits
+    with replaced_head(adapter.head, project), capped, row_images(adapter, row, store) as images:
         output = adapter.forward(row.inputs | images)
     logits = output.logits if hasattr(output, "logits") else output[0]
     return logits[0]
@@ -60,17 +67,19 @@ def extra_forwards(adapter: Adapter, rows: Sequence[PackedRow]) -> int:
 
 @contextlib.contextmanager
 def row_images(adapter: Adapter, row: PackedRow, store: FeatureStore):
-    """The vision arguments of the forward: each distinct image that is not in the store yet."""
+    """The vision arguments of the forward: each distinct image or video not in the store yet."""
     if not row.image_ids:
         # A rank without images joins the other ranks in the tower's collectives.
         idle = adapter.family.vision_inputs and distributed()
         with idle_tower(adapter) if idle else contextlib.nullcontext({}) as inputs:
             yield inputs
         return
-    encoded = store.missing(row.image_ids)
-    inputs = row.images.inputs(encoded, adapter.device)
-    if encoded == row.image_ids and store.keep.isdisjoint(encoded):
+    wanted = row.images.by_kind(row.image_ids)
+    if store.missing(row.image_ids) == row.image_ids and store.keep.isdisjoint(row.image_ids):
+        inputs: dict[str, Tensor] = {}
+        for ids in wanted.values():
+            inputs |= row.images.inputs(ids, adapter.device)
         yield inputs
         return
-    with shared_features(adapter, row.images, row.image_ids, encoded, store):
+    with shared_features(adapter, row.images, wanted, store) as inputs:
         yield inputs

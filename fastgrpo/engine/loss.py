@@ -104,19 +104,27 @@ class RowLoss:
         results: list[GRPOLoss] = []
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            results.append(self.of_hidden(hidden, weight, bias, row.targets, batch))
+            given = (hidden, weight, bias, row.targets, batch)
+            results.append(self.of_hidden(*given, softcap=adapter.softcap))
             return results[0].loss[None]
 
         loss = forward_row(adapter, row, head, store)[0]
         return results[0], loss
 
     def of_hidden(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, batch: dict
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        batch: dict,
+        *,
+        softcap: float | None = None,
     ) -> GRPOLoss:
         """The loss of (N, D) hidden states that predict `targets` (N,)."""
         given = dict(batch)
         if any(stream.token_share is not None for stream in self.kl_streams.values()):
-            given["kl_terms"] = self._chosen(hidden, weight, bias, targets, batch)
+            given["kl_terms"] = self._chosen(hidden, weight, bias, targets, batch, softcap)
         return linear_grpo_loss(
             hidden,
             weight,
@@ -124,6 +132,7 @@ class RowLoss:
             given.pop("advantages"),
             self.obj,
             bias=bias,
+            softcap=softcap,
             impl=self.impl,
             workspace_mb=self.workspace_mb,
             with_entropy=self.with_entropy,
@@ -132,10 +141,10 @@ class RowLoss:
         )
 
     @torch.no_grad()
-    def _chosen(self, hidden, weight, bias, targets, batch: dict) -> list[KLTerm]:
+    def _chosen(self, hidden, weight, bias, targets, batch: dict, softcap) -> list[KLTerm]:
         """The KL terms on the share of each sequence's tokens that diverge most."""
         logp = linear_logprob(
-            hidden, weight, targets, bias=bias, temperature=self.obj.temperature
+            hidden, weight, targets, bias=bias, softcap=softcap, temperature=self.obj.temperature
         ).logp
         terms = []
         for stream, term in zip(self.kl_streams.values(), batch["kl_terms"], strict=True):

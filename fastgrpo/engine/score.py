@@ -139,6 +139,7 @@ def score_row(
             weight,
             row.targets,
             bias=bias,
+            softcap=adapter.softcap,
             temperature=temperature,
             outputs=outputs,
             entropy_grad=entropy_grad,

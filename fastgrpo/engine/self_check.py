@@ -212,7 +212,8 @@ def _plain_logp(adapter: Adapter, group: Group, completion: Tensor) -> Tensor:
     device = adapter.device
     ids = torch.cat([group.prompt_ids, completion])[None].to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    given = adapter.family.stock_inputs(adapter.config, ids, group.vision)
+    prompt = group.prompt_ids.numel()
+    given = adapter.family.stock_inputs(adapter.config, ids, group.vision, prompt)
     inputs |= {key: value.to(device) for key, value in given.items()}
     has_images = adapter.family.has_images(group.vision)
     idle = adapter.family.vision_inputs and not has_images and distributed()

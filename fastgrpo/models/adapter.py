@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastgrpo import attention, recurrence
 from fastgrpo.errors import InputError
+from fastgrpo.models.head import SOFTCAP
 from fastgrpo.models.registry import family_of
 
 
@@ -40,11 +41,7 @@ class Adapter:
         if not attention.is_installed(self.core):
             attention.install(self.core, tower=self.family.varlen_tower)
         recurrence.install(self.mixers)
-        heads = self.text_config.num_attention_heads
-        head_dim = (
-            getattr(self.text_config, "head_dim", None) or self.text_config.hidden_size // heads
-        )
-        case = (self.device, self._compute_dtype(), head_dim)
+        case = (self.device, self._compute_dtype(), self.family.head_dim(self.text_config))
         return attention.choose_backend(backend, *case, blocks=self.family.two_way(self.config))
 
     def forward(self, inputs: dict):
@@ -54,8 +51,14 @@ class Adapter:
         with recurrence.counted_calls(self.mixers):
             return self.root(**inputs)
 
+    @property
+    def softcap(self) -> float | None:
+        """What the model caps its logits z by, c tanh(z / c)."""
+        return getattr(self.text_config, SOFTCAP, None)
+
     def prompt_positions(self, prompt_ids: Tensor, vision: dict[str, Tensor]) -> Tensor:
-        """(A, P) positions of one prompt, A = 3 for an M-RoPE family, else 1."""
+        """(A, P + 1) positions of one prompt and of what follows it, A = 3 for an M-RoPE family,
+        else 1."""
         return self.family.positions(self.core, prompt_ids, vision)
 
     def features_are_constant(self) -> bool:

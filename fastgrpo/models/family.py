@@ -50,13 +50,17 @@ class Family:
     """A text-only decoder whose positions count its tokens; other families override what differs.
 
     `name` is transformers' `model_type`. `vision_inputs` are the processor's outputs that describe
-    images, as the model's forward takes them; `axes` the rows of its position ids (3 for M-RoPE);
+    images, as the model's forward takes them, `video_inputs` those that describe videos (none:
+    videos are refused) and `position_inputs` those that only `positions` reads; `axes` the rows of
+    its position ids (3 for M-RoPE);
     `layer_kinds` the values of `layer_types` that are served; `decoders` the text models it may be
     built on (None: its own alone); `varlen_tower` says that the tower's attention is told the
     bounds of images and windows in one sequence, as a variable-length call takes them.
     """
 
     vision_inputs: tuple[str, ...] = ()
+    video_inputs: tuple[str, ...] = ()
+    position_inputs: tuple[str, ...] = ()
     axes = 1
     layer_kinds: tuple[str, ...] = ("full_attention", "sliding_attention")
     decoders: tuple[str, ...] | None = None
@@ -72,7 +76,8 @@ class Family:
     # -- tokens and positions
 
     def placeholders(self, config) -> tuple[int, ...]:
-        """Ids that stand for an image or a video, one per feature; never to be sampled."""
+        """Ids that stand for an image, a video or more, in this order, one per feature; never to be
+        sampled."""
         return ()
 
     def image_tokens(self, image: Vision, config) -> int:
@@ -87,13 +92,20 @@ class Family:
         """The ids the processor writes for one image, placeholders and markers."""
         raise NotImplementedError
 
-    def positions(self, core: nn.Module, prompt_ids: Tensor, vision: Vision) -> Tensor:
-        """(A, P) positions of one prompt; its completions go on after the largest."""
-        return torch.arange(prompt_ids.numel()).expand(self.axes, -1)
+    def video_runs(self, video: Vision, config) -> list[int]:
+        """The runs of placeholders one video takes."""
+        raise NotImplementedError
 
-    def stock_inputs(self, config, ids: Tensor, vision: Vision) -> dict[str, Tensor]:
-        """What the stock forward of one sequence (1, L) takes beside ids and attention mask."""
-        return {key: vision[key] for key in self.vision_inputs if key in vision}
+    def positions(self, core: nn.Module, prompt_ids: Tensor, vision: Vision) -> Tensor:
+        """(A, P + 1) positions of one prompt and of a token of text after it."""
+        return torch.arange(prompt_ids.numel() + 1).expand(self.axes, -1)
+
+    def stock_inputs(
+        self, config, ids: Tensor, vision: Vision, prompt: int | None = None
+    ) -> dict[str, Tensor]:
+        """What the stock forward of sequences (B, L) takes beside ids and attention mask; `prompt`
+        is the number of tokens before the completion, None for all."""
+        return {key: vision[key] for key in self.media_inputs if key in vision}
 
     # -- the mask
 
@@ -101,14 +113,35 @@ class Family:
         """Whether some tokens of a prompt see one another both ways."""
         return False
 
+    local_blocks = False  # those blocks are blocks in sliding layers alone, inside the window
+
     def blocks(self, config, prompt_ids: Tensor) -> list[tuple[int, int]]:
         """Bounds of the blocks of a prompt whose tokens see one another both ways."""
         return []
 
-    # -- images
+    def head_dim(self, text) -> int:
+        """The widest head of the decoder whose config is `text`."""
+        given = getattr(text, "head_dim", None)
+        return given or text.hidden_size // text.num_attention_heads
+
+    # -- images and videos
+
+    @property
+    def media_inputs(self) -> tuple[str, ...]:
+        """All that a prompt's `vision` may hold."""
+        return (*self.vision_inputs, *self.video_inputs, *self.position_inputs)
 
     def has_images(self, vision: Mapping[str, Any]) -> bool:
-        return any(key in vision for key in self.vision_inputs)
+        return _any(self.media_inputs, vision)
+
+    def split_media(self, vision: Vision) -> list[Vision]:
+        """The inputs of each image, then of each video of a prompt."""
+        images = self.split_images(vision) if _any(self.vision_inputs, vision) else []
+        return images + (self.split_videos(vision) if _any(self.video_inputs, vision) else [])
+
+    def kind_of(self, inputs: Vision) -> str:
+        """Whether these inputs are those of an "image" or of a "video"."""
+        return "video" if _any(self.video_inputs, inputs) else "image"
 
     def check_vision(self, vision: Vision) -> None:
         """`InputError` when the processor's outputs do not fit one another."""
@@ -117,8 +150,12 @@ class Family:
         """The inputs of each image of a prompt (or of a batch of prompts), in order."""
         raise NotImplementedError
 
+    def split_videos(self, vision: Vision) -> list[Vision]:
+        """The inputs of each video of a prompt, in order."""
+        raise NotImplementedError
+
     def join_images(self, images: Sequence[Vision]) -> Vision:
-        """The tower's inputs for these images: what `split_images` takes apart."""
+        """The tower's inputs for these images, or videos: what was split, together."""
         return {key: torch.cat([image[key] for image in images]) for key in images[0]}
 
     def split_rows(
@@ -148,14 +185,24 @@ class Family:
         rows = [[next(images) for _ in range(count)] for count in num_images]
         return [self.join_images(row) if row else {} for row in rows]
 
+    def image_counts(
+        self, config, prompts: Sequence[Sequence[int]], vision: Vision, num_images: Sequence[int]
+    ) -> list[int]:
+        """How many of the engine's images each row of a batch has, for `split_rows`."""
+        return list(num_images)
+
     def blank_image(self, config, size: tuple[int, int] | None = None) -> Vision:
         """The tower's inputs for a black image: the smallest, or of `size`, in its own units."""
         raise NotImplementedError
 
+    def blank_images(self, config, sizes: Sequence[tuple[int, int]]) -> list[Vision]:
+        """Black images of one prompt, as the engine's units."""
+        return [self.blank_image(config, size) for size in sizes]
+
     # -- where the features enter
 
     def encoder(self, core: nn.Module) -> nn.Module:
-        """The module whose `get_image_features` the model's forward calls."""
+        """The module whose `get_image_features` and `get_video_features` the forward calls."""
         return core.model
 
     def tower(self, core: nn.Module) -> nn.Module | None:
@@ -163,8 +210,8 @@ class Family:
         return None
 
     def split_features(self, output, images: Sequence[Vision]) -> tuple[list[Features], Join]:
-        """What `get_image_features` returned for `images`, image by image, and the way back: a
-        function from any images' features to an output of the model's own class."""
+        """What `get_image_features` returned for `images` (or the other for videos), one by one,
+        and the way back: a function from any features to an output of the model's own class."""
         kind = type(output)
         return [[feature] for feature in output.pooler_output], lambda features: filled(
             kind, pooler_output=tuple(feature for (feature,) in features)
@@ -195,3 +242,7 @@ class Family:
     def tiny_processor(self, config, tokenizer, **options):
         """A processor of transformers whose images fit `tiny_config`; `options` are passed on."""
         raise NotImplementedError
+
+
+def _any(names: Sequence[str], given: Mapping[str, Any]) -> bool:
+    return any(name in given for name in names)

@@ -11,6 +11,15 @@ from fastgrpo.models.family import Family, Vision
 from fastgrpo.models.tiles import Tiles
 
 
+def token_runs(ids: Tensor, token: int) -> list[tuple[int, int]]:
+    """Bounds of the runs of `token`."""
+    inside = torch.zeros(ids.numel() + 2, dtype=torch.int8)
+    inside[1:-1] = ids == token
+    step = inside.diff()
+    starts, ends = (step == 1).nonzero()[:, 0], (step == -1).nonzero()[:, 0]
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
 class Gemma3Text(Family):
     """The decoder alone: causal, with a sliding window where the layer says so."""
 
@@ -68,15 +77,11 @@ class Gemma3(Gemma3Text, Tiles):
         return True
 
     def blocks(self, config, prompt_ids: Tensor) -> list[tuple[int, int]]:
-        inside = torch.zeros(prompt_ids.numel() + 2, dtype=torch.int8)
-        inside[1:-1] = prompt_ids == config.image_token_id
-        step = inside.diff()
-        starts, ends = (step == 1).nonzero()[:, 0], (step == -1).nonzero()[:, 0]
-        return list(zip(starts.tolist(), ends.tolist(), strict=True))
+        return token_runs(prompt_ids, config.image_token_id)
 
-    def stock_inputs(self, config, ids: Tensor, vision: Vision) -> dict[str, Tensor]:
+    def stock_inputs(self, config, ids, vision, prompt=None) -> dict[str, Tensor]:
         types = (ids == config.image_token_id).long()
-        return super().stock_inputs(config, ids, vision) | {"token_type_ids": types}
+        return super().stock_inputs(config, ids, vision, prompt) | {"token_type_ids": types}
 
     def tiny_top(self, text, vision):
         return {"mm_tokens_per_image": 4, "boi_token_index": 103, "eoi_token_index": 104}

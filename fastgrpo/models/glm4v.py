@@ -8,7 +8,10 @@ from fastgrpo.models.qwen2_vl import QwenVL
 
 
 class Glm4V(QwenVL):
-    """As Qwen2-VL; the markers around an image have names of their own."""
+    """As Qwen2-VL; the markers around an image have names of their own. No videos: their frames are
+    image placeholders, told apart by markers around them."""
+
+    video_inputs = ()
 
     coordinates = Coordinates(
         "thousandths",

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fastgrpo.errors import InputError
 
+SOFTCAP = "final_logit_softcapping"  # transformers' name for it in a config
+
 
 @contextlib.contextmanager
 def replaced_head(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -28,6 +30,20 @@ def replaced_head(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iter
             del head.forward
         else:
             head.forward = previous
+
+
+@contextlib.contextmanager
+def without_softcap(config) -> Iterator[None]:
+    """Inside, a model with this text config returns what its head returns, not capped."""
+    cap = getattr(config, SOFTCAP, None)
+    if cap is None:
+        yield
+        return
+    setattr(config, SOFTCAP, None)
+    try:
+        yield
+    finally:
+        setattr(config, SOFTCAP, cap)
 
 
 def effective_head(head: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -3,4 +3,12 @@
 
 from fastgrpo.models.family import Family
 
-FAMILIES = (Family("mistral"),)
+
+class Mistral(Family):
+    """As any decoder; a small one has a short window."""
+
+    def tiny_config(self, text, vision, ids, **top):
+        return super().tiny_config({"sliding_window": 12} | text, vision, ids, **top)
+
+
+FAMILIES = (Mistral("mistral"),)

@@ -77,16 +77,24 @@ class Mistral3(Tiles):
         }
 
     def tiny_processor(self, config, tokenizer, **options):
-        from transformers import PixtralImageProcessorPil, PixtralProcessor
+        """The text of PixtralProcessor, which itself needs torchvision."""
+        from transformers import PixtralImageProcessorPil, ProcessorMixin
 
-        patch, merge = config.vision_config.patch_size, config.spatial_merge_size
-        side = patch * merge
+        side = config.vision_config.patch_size * config.spatial_merge_size
+
+        class RowsOfPatches(ProcessorMixin):
+            def __init__(self, image_processor, tokenizer, chat_template=None):
+                super().__init__(image_processor, tokenizer, chat_template=chat_template)
+                self.image_token, self.image_token_id = "[IMG]", config.image_token_id
+
+            def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+                height, width = (int(n) // side for n in image_inputs["image_sizes"][image_idx])
+                return "[IMG_BREAK]".join(["[IMG]" * width] * height) + "[IMG_END]"
+
         pictures = PixtralImageProcessorPil(
             patch_size={"height": side, "width": side}, size={"longest_edge": 4 * side}
         )
-        return PixtralProcessor(
-            pictures, tokenizer, patch_size=patch, spatial_merge_size=merge, **options
-        )
+        return RowsOfPatches(pictures, tokenizer, **options)
 
 
 FAMILIES = (Mistral3("mistral3"),)

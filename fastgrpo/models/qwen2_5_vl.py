@@ -6,7 +6,10 @@ from fastgrpo.models.qwen2_vl import QwenVL
 
 
 class Qwen25VL(QwenVL):
-    """As Qwen2-VL but for the tower and the frame of its boxes."""
+    """As Qwen2-VL but for the tower, the frame of its boxes, and the time between the frames of a
+    video (`second_per_grid_ts`), which transformers cut to whole seconds before 5.23."""
+
+    position_inputs = ("second_per_grid_ts",)
 
     coordinates = Coordinates(
         "pixels",

@@ -11,10 +11,12 @@ from fastgrpo.models.family import Coordinates, Family, Vision
 
 
 class QwenVL(Family):
-    """Images are rows of patches (`pixel_values`) cut by `image_grid_thw`; positions have a time, a
-    height and a width axis, and an image of h x w tokens advances them by max(h, w)."""
+    """Images are rows of patches (`pixel_values`) cut by `image_grid_thw`, and so are videos;
+    positions have a time, a height and a width axis, and a picture of h x w tokens advances those
+    of the text after it by max(h, w), however long a video is."""
 
     vision_inputs = ("pixel_values", "image_grid_thw")
+    video_inputs = ("pixel_values_videos", "video_grid_thw")
     axes = 3
     varlen_tower = True
 
@@ -24,6 +26,10 @@ class QwenVL(Family):
     def image_tokens(self, image: Vision, config) -> int:
         return int(image["image_grid_thw"].prod()) // config.vision_config.spatial_merge_size**2
 
+    def video_runs(self, video: Vision, config) -> list[int]:
+        """One run; Qwen3-VL and later write every frame as a run of its own."""
+        return [int(video["video_grid_thw"].prod()) // config.vision_config.spatial_merge_size**2]
+
     def image_text(self, image: Vision, config) -> list[int]:
         inside = [config.image_token_id] * self.image_tokens(image, config)
         return [config.vision_start_token_id, *inside, config.vision_end_token_id]
@@ -31,15 +37,17 @@ class QwenVL(Family):
     def positions(self, core: nn.Module, prompt_ids: Tensor, vision: Vision) -> Tensor:
         if not vision:
             return super().positions(core, prompt_ids, vision)
+        given = ("image_grid_thw", "video_grid_thw", *self.position_inputs)
+        text = prompt_ids.new_zeros(1)
         positions, _ = core.model.get_rope_index(
-            input_ids=prompt_ids[None],
-            mm_token_type_ids=self._kinds(core.config, prompt_ids[None]),
-            image_grid_thw=vision["image_grid_thw"].cpu(),
+            input_ids=torch.cat([prompt_ids, text])[None],
+            mm_token_type_ids=torch.cat([self._kinds(core.config, prompt_ids), text.int()])[None],
+            **{key: vision[key].cpu() for key in given if key in vision},
         )
         return positions[:, 0]
 
-    def stock_inputs(self, config, ids: Tensor, vision: Vision) -> dict[str, Tensor]:
-        return super().stock_inputs(config, ids, vision) | {
+    def stock_inputs(self, config, ids, vision, prompt=None) -> dict[str, Tensor]:
+        return super().stock_inputs(config, ids, vision, prompt) | {
             "mm_token_type_ids": self._kinds(config, ids)
         }
 
@@ -47,22 +55,21 @@ class QwenVL(Family):
         return (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
 
     def check_vision(self, vision: Vision) -> None:
-        grid, pixels = vision["image_grid_thw"], vision["pixel_values"]
-        if grid.ndim != 2 or grid.shape[1] != 3:
-            raise InputError(f"image_grid_thw must be (n, 3), not {tuple(grid.shape)}")
-        patches = int(grid.prod(1).sum())
-        if patches != len(pixels):
-            raise InputError(
-                f"image_grid_thw counts {patches} patches, pixel_values has {len(pixels)}"
-            )
+        for pixels, grid in filter(None, (self.vision_inputs, self.video_inputs)):
+            if grid not in vision:
+                continue
+            where = vision[grid]
+            if where.ndim != 2 or where.shape[1] != 3:
+                raise InputError(f"{grid} must be (n, 3), not {tuple(where.shape)}")
+            counted, came = int(where.prod(1).sum()), len(vision[pixels])
+            if counted != came:
+                raise InputError(f"{grid} counts {counted} patches, {pixels} has {came}")
 
     def split_images(self, vision: Vision) -> list[Vision]:
-        grid = vision["image_grid_thw"]
-        patches = vision["pixel_values"].split(grid.prod(1).tolist())
-        return [
-            {"pixel_values": pixels, "image_grid_thw": where}
-            for pixels, where in zip(patches, grid.split(1), strict=True)
-        ]
+        return _split(vision, *self.vision_inputs)
+
+    def split_videos(self, vision: Vision) -> list[Vision]:
+        return _split(vision, *self.video_inputs)
 
     def blank_image(self, config, size: tuple[int, int] | None = None) -> Vision:
         """`size`: rows and columns of patches."""
@@ -73,6 +80,27 @@ class QwenVL(Family):
             "pixel_values": torch.zeros(height * width, channels),
             "image_grid_thw": torch.tensor([[1, height, width]]),
         }
+
+    def blank_video(self, config, size: tuple[int, int, int]) -> Vision:
+        """`size`: frames (after the tower's merging in time), rows and columns of patches."""
+        frames, *sides = size
+        image = self.blank_image(config, sides)["pixel_values"]
+        return {
+            "pixel_values_videos": image.repeat(frames, 1),
+            "video_grid_thw": torch.tensor([size]),
+        }
+
+    def video_text(self, video: Vision, config) -> list[int]:
+        """The ids a processor writes for one video; what stands between its runs is free text."""
+        marked = [
+            [
+                config.vision_start_token_id,
+                *[config.video_token_id] * run,
+                config.vision_end_token_id,
+            ]
+            for run in self.video_runs(video, config)
+        ]
+        return [token for run in marked for token in run]
 
     def tower(self, core: nn.Module) -> nn.Module:
         return core.model.visual
@@ -121,6 +149,12 @@ class QwenVL(Family):
             size={"shortest_edge": side * side, "longest_edge": 64 * side * side},
         )
         return PaddleOCRVLProcessor(image_processor, tokenizer, **options)
+
+
+def _split(vision: Vision, pixels: str, grid: str) -> list[Vision]:
+    where = vision[grid]
+    patches = vision[pixels].split(where.prod(1).tolist())
+    return [{pixels: p, grid: g} for p, g in zip(patches, where.split(1), strict=True)]
 
 
 class Qwen2VL(QwenVL):

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastgrpo.models.family import Coordinates, Family
+from fastgrpo.models.family import Coordinates, Family, Vision
 from fastgrpo.models.qwen2_vl import QwenVL
+from fastgrpo.models.qwen3_vl import frame_runs
 
 
 class GatedDeltaNet(Family):
@@ -39,6 +40,9 @@ class GatedDeltaNet(Family):
 
 class Qwen35(GatedDeltaNet, QwenVL):
     """As Qwen3-VL without deepstack; a quarter of each head is rotated."""
+
+    def video_runs(self, video: Vision, config) -> list[int]:
+        return frame_runs(video, config)
 
     coordinates = Coordinates(
         "thousandths", "QwenLM/Qwen3-VL cookbooks/2d_grounding.ipynb, whose format it keeps"

@@ -12,12 +12,21 @@ from fastgrpo.models.family import Coordinates, Features, Join, Vision
 from fastgrpo.models.qwen2_vl import QwenVL
 
 
+def frame_runs(video: Vision, config) -> list[int]:
+    """A video's frames, each a run of placeholders after its time in words."""
+    frames, height, width = video["video_grid_thw"][0].tolist()
+    return [height * width // config.vision_config.spatial_merge_size**2] * frames
+
+
 class Qwen3VL(QwenVL):
     """As Qwen2-VL, with features for several layers of the decoder and interleaved M-RoPE."""
 
     coordinates = Coordinates(
         "thousandths", "QwenLM/Qwen3-VL cookbooks/2d_grounding.ipynb: relative coordinates, 0-1000"
     )
+
+    def video_runs(self, video: Vision, config) -> list[int]:
+        return frame_runs(video, config)
 
     def split_features(self, output, images: Sequence[Vision]) -> tuple[list[Features], Join]:
         kind, pooled, deep = type(output), output.pooler_output, output.deepstack_features

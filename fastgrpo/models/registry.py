@@ -27,13 +27,37 @@ def families() -> dict[str, Family]:
     return dict(sorted(found.items()))
 
 
+# Why a model type is not among the families, where there is more to say than that.
+_AUDIO = "audio towers and the positions of interleaved audio are not implemented"
+_LATENT = "multi-head latent attention has keys and values of different sizes"
+_CONVOLUTION = "its short convolutions read the row's neighbouring tokens through another seam"
+REFUSED = {
+    "deepseek_v3": _LATENT,
+    "gemma2": "its attention caps the scores, which no backend serves",
+    "gemma3n": "its per-layer predictions and audio tower are not implemented",
+    "kimi_k25": _LATENT,
+    "kimi_linear": "its recurrence is another (Kimi delta attention), with latent attention",
+    "lfm2": _CONVOLUTION,
+    "lfm2_vl": _CONVOLUTION,
+    "minicpmv4_6": "not implemented: its tower merges windows by sizes of its own",
+    "minicpmv4_7": "not implemented: its tower merges windows by sizes of its own",
+    "qwen2_5_omni": _AUDIO,
+    "qwen2_5_omni_thinker": _AUDIO,
+    "qwen3_omni_moe": _AUDIO,
+    "qwen3_omni_moe_thinker": _AUDIO,
+    "qwen4_exp": "its n-gram embeddings and a convolution read the tokens before each in the row",
+}
+
+
 def family_of(config) -> Family:
     """The family of a model config; `InputError` with the reason for one that is not served."""
     family = families().get(config.model_type)
     if family is None:
+        reason = REFUSED.get(config.model_type)
         raise InputError(
-            f"model type {config.model_type!r} is not served; the packed forward is proved for "
-            f"{', '.join(families())}"
+            f"model type {config.model_type!r} is not served"
+            + (f": {reason}" if reason else "")
+            + f"; the packed forward is proved for {', '.join(families())}"
         )
     text = getattr(config, "text_config", None) or config
     if family.decoders is not None and text.model_type not in family.decoders:

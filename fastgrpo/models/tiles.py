@@ -60,6 +60,15 @@ class Tiles(Family):
         tiles = fields.pop("num_tiles", None)
         return super().split_rows(fields, num_images if tiles is None else tiles, num_rows)
 
+    def image_counts(
+        self, config, prompts: Sequence[Sequence[int]], vision: Vision, num_images: Sequence[int]
+    ) -> list[int]:
+        """Tiles, where there are more of them than images: as many as the prompt has room for."""
+        if not vision or len(vision["pixel_values"]) == sum(num_images):
+            return list(num_images)
+        tile = self.image_tokens({}, config)
+        return [list(ids).count(config.image_token_id) // tile for ids in prompts]
+
     def blank_image(self, config, size: tuple[int, int] | None = None) -> Vision:
         side = config.vision_config.image_size
         height, width = (side, side) if isinstance(side, int) else side

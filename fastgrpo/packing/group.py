@@ -143,7 +143,9 @@ def _host_fields(group: Group, function: Callable[[Tensor], Tensor]) -> dict[str
     }
     pictures = group.vision.items()
     return fields | {
-        "vision": {k: x if x.is_floating_point() else function(x) for k, x in pictures}
+        "vision": {
+            k: x if x.is_floating_point() and x.ndim > 1 else function(x) for k, x in pictures
+        }
     }
 
 

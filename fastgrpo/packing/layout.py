@@ -34,12 +34,13 @@ class GroupLayout:
     `segments` are Python tuples (start, end, prefix_start, prefix_end) on the host; `backend`
     names the attention implementation that serves the row. `blocks` are the (start, end) of packed
     tokens inside a prompt that see one another in both directions, whatever a sliding window says:
-    an image's, or a whole prompt. It is a plain class on purpose: FSDP rebuilds dataclasses it
-    finds among a module's arguments.
+    an image's, or a whole prompt; with `local_blocks` only where there is a window, inside it. It
+    is a plain class on purpose: FSDP rebuilds dataclasses it finds among a module's arguments.
     """
 
     __slots__ = (
         *(*_NARROW, *_WIDE, "total", "max_q", "max_k", "segments", "lengths", "backend", "blocks"),
+        "local_blocks",
         "cache",
     )
 
@@ -50,10 +51,11 @@ class GroupLayout:
         device: torch.device | str = "cpu",
         backend: str = "dense",
         blocks: Sequence[tuple[int, int]] = (),
+        local_blocks: bool = False,
     ):
         """`lengths`: for each group the prompt's length and those of its completions."""
         self.lengths = [(int(p), [int(c) for c in cs]) for p, cs in lengths]
-        self.backend, self.cache = backend, {}
+        self.backend, self.cache, self.local_blocks = backend, {}, local_blocks
         self.blocks = [(int(start), int(end)) for start, end in blocks]
         self.segments, offset = [], 0
         for prompt, completions in self.lengths:
@@ -102,6 +104,10 @@ class GroupLayout:
             self.cache["block_ids"] = ids.to(self.kv_index.device)
         return self.cache["block_ids"]
 
+    def has_blocks(self, window: int | None) -> bool:
+        """Whether a layer with this window has tokens that see both ways."""
+        return bool(self.blocks) and not (self.local_blocks and window is None)
+
     def dense_mask(self, window: int | None = None) -> Tensor:
         """(T, T) bool, True where query (row) sees key (column); the definition of the layout."""
         key = ("dense", window)
@@ -113,9 +119,12 @@ class GroupLayout:
             mask &= row[:, None] >= row[None, :]
             if window is not None:
                 mask &= position[:, None] - position[None, :] < window
-            if self.blocks:
+            if self.has_blocks(window):
                 block = self.block_ids()
-                mask |= (block[:, None] == block[None, :]) & (block >= 0)
+                both = (block[:, None] == block[None, :]) & (block >= 0)
+                if self.local_blocks:
+                    both &= position[:, None] - position[None, :] < window
+                mask |= both
             self.cache[key] = mask
         return self.cache[key]
 

@@ -23,7 +23,7 @@ class PackedRow:
 
     `inputs` are the model's keyword arguments, `targets` (N,) int64 the completion tokens in row
     order, `num_targets` how many of them have a loss, `members` the (group, completion) of each
-    completion and `lengths` their lengths.
+    completion and `lengths` their lengths, `following` the position after each part's prompt.
     """
 
     def __init__(
@@ -44,18 +44,23 @@ class PackedRow:
         self.lengths = [length for part in parts for length in part.lengths]
         layout = [(part.group.prompt_ids.numel(), part.lengths) for part in parts]
         self.layout = GroupLayout(
-            layout, device=device, backend=backend, blocks=_blocks(adapter, parts)
+            layout,
+            device=device,
+            backend=backend,
+            blocks=_blocks(adapter, parts),
+            local_blocks=adapter.family.local_blocks,
         )
 
-        ids, positions, targets = [], [], []
+        ids, positions, targets, self.following = [], [], [], []
         for part in parts:
             prompt = part.group.prompt_ids
             where = adapter.prompt_positions(prompt, part.group.vision)
-            # Completions go on where the prompt ended on the widest axis, not at its length: an
-            # image of h x w tokens advances the positions by max(h, w).
-            following = int(where.max()) + 1
+            # Completions go on where text after the prompt would, not at its length: an image of
+            # h x w tokens advances the positions by max(h, w).
+            following = int(where[0, -1])
+            self.following.append(following)
             ids.append(prompt)
-            positions.append(where)
+            positions.append(where[:, :-1])
             for g, c in part.members:
                 fed, target = fed_and_target(adapter, groups[g], c, neutral_id)
                 ids.append(fed)
@@ -117,32 +122,46 @@ def _check_images(adapter, group: Group) -> None:
             raise InputError(f"{group.name}: images given to text model {family.name!r}")
         return
     for key in given:
-        if key not in family.vision_inputs:
-            expected = f"expected {list(family.vision_inputs)}"
+        if key not in family.media_inputs:
+            expected = f"expected {list(family.media_inputs)}"
             why = "videos are not served" if "video" in key else expected
             raise InputError(f"{group.name}: vision[{key!r}] is not understood; {why}")
     image, *others = adapter.placeholders
+    if family.video_inputs:
+        video, *others = others
+        _check_kind(adapter, group, "video", family.video_inputs, video)
     if bool(torch.isin(group.prompt_ids, torch.tensor(others)).any()):
         raise InputError(f"{group.name}: prompt_ids has video placeholders; videos are not served")
-    runs = _runs(group.prompt_ids == image)
-    if not given:
+    _check_kind(adapter, group, "image", family.vision_inputs, image)
+
+
+def _check_kind(adapter, group: Group, kind: str, inputs: Sequence[str], token: int) -> None:
+    """`InputError` when the prompt's placeholders of images or of videos are not their features."""
+    family, runs = adapter.family, _runs(group.prompt_ids == token)
+    if not any(key in group.vision for key in inputs):
         if runs:
             raise InputError(
-                f"{group.name}: prompt_ids has {sum(runs)} image tokens, vision has no images"
+                f"{group.name}: prompt_ids has {sum(runs)} {kind} tokens, vision has no {kind}s"
             )
         return
-    for key in family.vision_inputs:
+    for key in inputs:
         if key not in group.vision:
             raise InputError(f"{group.name}: vision lacks {key!r}")
     try:
         family.check_vision(group.vision)
     except InputError as error:
         raise InputError(f"{group.name}: {error}") from None
-    images = family.split_images(group.vision)
-    features = [family.image_tokens(part, adapter.config) for part in images]
-    if not family.fits(runs, features):
+    if kind == "image":
+        images = family.split_images(group.vision)
+        features = [family.image_tokens(part, adapter.config) for part in images]
+        fits = family.fits(runs, features)
+    else:
+        videos = family.split_videos(group.vision)
+        features = [run for part in videos for run in family.video_runs(part, adapter.config)]
+        fits = runs == features
+    if not fits:
         raise InputError(
-            f"{group.name}: image tokens and image features do not match: prompt_ids has "
+            f"{group.name}: {kind} tokens and {kind} features do not match: prompt_ids has "
             f"{sum(runs)} tokens in runs {runs}, vision has {sum(features)} features {features}"
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,15 +17,16 @@ from fastgrpo.packing.host import first_equal
 
 
 class Images:
-    """The distinct images of some prompts: equal in every input of the tower, checked exactly.
+    """The distinct images and videos of some prompts: equal in every input of the tower, checked
+    exactly.
 
-    `ids_of(group)` lists a prompt's images in order; `distinct[i]` are the inputs of image i.
+    `ids_of(group)` lists a prompt's in order, images first; `distinct[i]` are the inputs of one.
     """
 
     def __init__(self, family: Family, groups: Iterable[Group]):
         self.family = family
-        shown = {id(group): group for group in groups if family.has_images(group.vision)}
-        split = {key: family.split_images(group.vision) for key, group in shown.items()}
+        shown = {id(group): group for group in groups}
+        split = {key: family.split_media(group.vision) for key, group in shown.items()}
         images = [image for part in split.values() for image in part]
         first = first_equal(images)
         number = {i: n for n, i in enumerate(dict.fromkeys(first))}
@@ -36,10 +37,16 @@ class Images:
     def ids_of(self, group: Group) -> list[int]:
         return self._of.get(id(group), [])
 
+    def by_kind(self, ids: Sequence[int]) -> dict[str, list[int]]:
+        """The ids of images and of videos, in order, under the kinds that there are."""
+        kinds: dict[str, list[int]] = {}
+        for i in ids:
+            kinds.setdefault(self.family.kind_of(self.distinct[i]), []).append(i)
+        return kinds
+
     def inputs(self, ids: Sequence[int], device: torch.device) -> Vision:
-        """The vision tower's inputs for these images; for none those of some image, so that the
-        model asks for features at all."""
-        joined = self.family.join_images([self.distinct[i] for i in ids or (0,)])
+        """The vision tower's inputs for these images, or these videos."""
+        joined = self.family.join_images([self.distinct[i] for i in ids])
         return {name: value.to(device) for name, value in joined.items()}
 
 
@@ -52,7 +59,7 @@ class FeatureStore:
 
     def __init__(self, keep: set[int], *, detach: bool = False):
         self.keep, self.detach = keep, detach
-        self.join: Join | None = None  # from features to what the model's forward reads
+        self.join: dict[str, Join] = {}  # by kind, from features to what the forward reads
         # image -> its pooled features, then those of each deepstack layer
         self._features: dict[int, Features] = {}
         self._sources: list[tuple[Tensor, Tensor]] = []  # (the tower's output, its leaf)
@@ -88,26 +95,32 @@ class FeatureStore:
 
 @contextlib.contextmanager
 def shared_features(
-    adapter: Adapter, images: Images, ids: Sequence[int], encoded: Sequence[int], store
-) -> Iterator[None]:
-    """Inside, the model's image features are those of `ids`, in this order.
+    adapter: Adapter, images: Images, wanted: dict[str, list[int]], store: FeatureStore
+) -> Iterator[Vision]:
+    """Inside, the features of each kind are those of the `wanted` ids, in this order.
 
-    The forward is given the pixels of `encoded` only; the others are in the `FeatureStore`. The
-    tower still runs where the model calls it, inside the root's forward.
+    Yields the inputs of the forward, which is given the pixels of images that are not in the
+    `FeatureStore` (of one that is where all are, so that the model asks at all). The tower still
+    runs where the model calls it, inside the root's forward.
     """
+    inputs, functions = {}, {}
+    for kind, ids in wanted.items():
+        encoded = store.missing(ids)
+        inputs |= images.inputs(encoded or ids[:1], adapter.device)
+        functions[kind] = functools.partial(_features, adapter, images, kind, ids, encoded, store)
+    with _replaced_encoders(adapter, functions):
+        yield inputs
 
-    def features(original, *args, **kwargs):
-        fresh = {}
-        if encoded:
-            output = original(*args, **kwargs)
-            inputs = [images.distinct[i] for i in encoded]
-            parts, store.join = adapter.family.split_features(output, inputs)
-            for image, part in zip(encoded, parts, strict=True):
-                fresh[image] = store.put(image, part)
-        return store.join([fresh[i] if i in fresh else store.get(i) for i in ids])
 
-    with _replaced_encoder(adapter, features):
-        yield
+def _features(adapter, images: Images, kind: str, ids, encoded, store, original, *args, **kwargs):
+    fresh = {}
+    if encoded:
+        output = original(*args, **kwargs)
+        given = [images.distinct[i] for i in encoded]
+        parts, store.join[kind] = adapter.family.split_features(output, given)
+        for image, part in zip(encoded, parts, strict=True):
+            fresh[image] = store.put(image, part)
+    return store.join[kind]([fresh[i] if i in fresh else store.get(i) for i in ids])
 
 
 @contextlib.contextmanager
@@ -120,17 +133,40 @@ def idle_tower(adapter: Adapter) -> Iterator[Vision]:
         parts, join = adapter.family.split_features(original(*args, **kwargs), [blank])
         return join([[feature[:0] for feature in part] for part in parts])
 
-    with _replaced_encoder(adapter, features):
+    with _replaced_encoders(adapter, {"image": features}):
         yield {name: value.to(adapter.device) for name, value in blank.items()}
 
 
 @contextlib.contextmanager
-def _replaced_encoder(adapter: Adapter, function) -> Iterator[None]:
-    """Inside, the model gets function(its own get_image_features, *its arguments)."""
+def _replaced_encoders(adapter: Adapter, functions: dict[str, Callable]) -> Iterator[None]:
+    """Inside, the model gets function(its own get_image_features, *its arguments), and likewise of
+    its videos.
+
+    While a function runs all methods are the model's own: the one for videos may call that for
+    images.
+    """
     owner = adapter.family.encoder(adapter.core)
-    original = owner.get_image_features
-    owner.get_image_features = functools.partial(function, original)
+    ours: dict[str, Callable] = {}
+
+    def replacement(name: str, function: Callable) -> Callable:
+        original = getattr(owner, name)
+
+        def replaced(*args, **kwargs):
+            for other in ours:
+                delattr(owner, other)
+            try:
+                return function(original, *args, **kwargs)
+            finally:
+                vars(owner).update(ours)
+
+        return replaced
+
+    for kind, function in functions.items():
+        name = f"get_{kind}_features"
+        ours[name] = replacement(name, function)
+    vars(owner).update(ours)
     try:
         yield
     finally:
-        del owner.get_image_features
+        for name in ours:
+            delattr(owner, name)

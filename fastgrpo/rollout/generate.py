@@ -122,12 +122,11 @@ def _prefill(adapter, groups, num_generations, steps, max_tokens, backend):
         sizes = [groups[i].prompt_ids.numel() for i in members]
         recorded = recorders.pop()
         layers = [(k.split(sizes), v.split(sizes)) for k, v in recorded.layers]
-        where = row.inputs["position_ids"].reshape(-1, row.layout.total).split(sizes, 1)
         for n, i in enumerate(members):
             prefixes[i] = [(k[n], v[n]) for k, v in layers]
             states[i] = recorded.states_of(n)
             logits[i] = last[n]
-            position[i] = where[n].max() + 1
+            position[i] = row.following[n]
     state = DecodeState(prefixes, states, num_generations, steps)
     rows = torch.stack(logits).repeat_interleave(num_generations, 0)
     return state, rows, position.repeat_interleave(num_generations).to(adapter.device)

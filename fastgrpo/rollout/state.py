@@ -57,8 +57,10 @@ class DecodeState(ForksStates):
         self.lengths = lengths.to(sample.device)
         column = torch.arange(sample.shape[2], device=sample.device)
         self.column, self.padding = column, column >= self.lengths[:, None]  # (P, L)
-        shape = (self.total, sample.shape[1], steps, sample.shape[3])
-        self.own = [(sample.new_empty(shape), sample.new_empty(shape)) for _ in self.prefix]
+        self.own = [
+            tuple(x.new_empty(self.total, x.shape[1], steps, x.shape[3]) for x in layer)
+            for layer in self.prefix
+        ]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layout, *, scale, window=None):
         """(B, H, D) of this step's queries over prompt and own keys, this step's included."""

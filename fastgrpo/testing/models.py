@@ -77,25 +77,32 @@ def synthetic_group(
     images: Sequence[tuple[int, int]],
     text: int,
     lengths: Sequence[int],
+    videos: Sequence[tuple[int, int, int]] = (),
     *,
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> Group:
     """A random group: images of (height, width) in the family's units, `text` leading tokens,
-    completions of these lengths.
+    completions of these lengths, and videos of (frames, height, width).
     """
 
     def random_ids(count: int) -> list[int]:
         return torch.randint(0, TEXT_VOCAB, (count,), generator=generator).tolist()
 
-    ids, vision, family = random_ids(text), {}, families()[model.config.model_type]
-    blanks = [family.blank_image(model.config, size) for size in images]
+    ids, family = random_ids(text), families()[model.config.model_type]
+    blanks = family.blank_images(model.config, images)
     for blank in blanks:
         ids += family.image_text(blank, model.config) + random_ids(3)
-    if blanks:
-        vision = family.join_images(blanks)
-        pixels = torch.randn(vision["pixel_values"].shape, generator=generator, dtype=torch.float64)
-        vision["pixel_values"] = pixels.to(dtype)
+    moving = [family.blank_video(model.config, size) for size in videos]
+    for video in moving:
+        ids += family.video_text(video, model.config) + random_ids(2)
+    vision = {}
+    for media in filter(None, (blanks, moving)):
+        vision |= family.join_images(media)
+    for key, value in vision.items():
+        if key.startswith("pixel_values"):
+            pixels = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            vision[key] = pixels.to(dtype)
     completions = [torch.tensor(random_ids(n), dtype=torch.int64) for n in lengths]
     advantages = torch.randn(len(lengths), generator=generator, dtype=torch.float64).to(dtype)
     return Group(torch.tensor(ids), completions, vision, advantages=advantages)
@@ -114,17 +121,17 @@ SPECS = (
 def synthetic_groups(
     model, specs: Sequence[tuple] = SPECS, *, seed: int = 7, dtype: torch.dtype | None = None
 ) -> list[Group]:
-    """Groups for `model` from (images, text, lengths) triples; images are left out for a text
-    model.
+    """Groups for `model` from (images, text, lengths) triples, or four with videos; images are left
+    out for a text model.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = dtype or next(model.parameters()).dtype
     vlm = bool(families()[model.config.model_type].vision_inputs)
     return [
         synthetic_group(
-            model, images if vlm else (), text, lengths, generator=generator, dtype=dtype
+            model, images if vlm else (), text, lengths, *videos, generator=generator, dtype=dtype
         )
-        for images, text, lengths in specs
+        for images, text, lengths, *videos in specs
     ]
 
 
@@ -132,7 +139,7 @@ def forward_inputs(model, group: Group, completion: Tensor) -> dict[str, Tensor]
     """The stock model's own inputs for one unpadded (prompt, completion) sequence."""
     ids = torch.cat([group.prompt_ids, completion])[None]
     family = families()[model.config.model_type]
-    given = family.stock_inputs(model.config, ids, group.vision)
+    given = family.stock_inputs(model.config, ids, group.vision, group.prompt_ids.numel())
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given}
 
 

@@ -10,15 +10,21 @@ from __future__ import annotations
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PretrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 
+from fastgrpo.models.family import Family
 from fastgrpo.models.registry import families
 
 CHARACTERS = "0123456789[](),.<>/?: \nabcdefghijklmnopqrstuvwxyzA+-"
 PAD, EOS, START, UNKNOWN = "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|unknown|>"
 
 
+def _family(config: PretrainedConfig) -> Family:
+    """The config's family, or one of text for a model that is none of ours."""
+    return families().get(config.model_type) or Family(config.model_type)
+
+
 def chat_template(config: PretrainedConfig) -> str:
     """Roles and turns as ChatML writes them, with what the family writes for an image."""
-    image = families()[config.model_type].tiny_image_text
+    image = _family(config).tiny_image_text
     return (
         "{%- for message in messages -%}<|im_start|>{{ message.role }}\n"
         "{%- if message.content is string -%}{{ message.content }}"
@@ -35,7 +41,7 @@ def tiny_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A character tokenizer with the vocabulary size and the special ids of `config`."""
     size = config.get_text_config().vocab_size
-    special = families()[config.model_type].tiny_tokens(config)
+    special = _family(config).tiny_tokens(config)
     vocabulary = {text: index for text, index in special.values() if index is not None}
     free = iter(sorted(set(range(size)) - set(vocabulary.values())))
     unplaced = [text for text, index in special.values() if index is None]

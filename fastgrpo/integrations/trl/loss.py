@@ -27,6 +27,7 @@ from fastgrpo.integrations.trl.perception import (
 )
 from fastgrpo.integrations.trl.rows import (
     IMAGE_FIELDS,
+    TYPE_FIELDS,
     LossTables,
     Rows,
     anchor_row,
@@ -136,7 +137,7 @@ class LossMixin:
         given = {
             "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
             "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
-            "mm_token_type_ids": inputs.get("mm_token_type_ids"),
+            **{name: inputs.get(name) for name in TYPE_FIELDS},
         }
         rows = read_rows(
             **given,

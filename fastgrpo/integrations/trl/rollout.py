@@ -157,7 +157,9 @@ def sample_rows(
         for key in family.vision_inputs
         if fields.get(key) is not None
     }
-    vision = family.split_rows(images, num_images, len(prompt_ids))
+    config = Adapter(model).config
+    counts = num_images and family.image_counts(config, prompt_ids, images, num_images)
+    vision = family.split_rows(images, counts, len(prompt_ids))
     # With a token in place of a completion, `regroup` finds the rows that share prompt and images.
     some = torch.zeros(1, dtype=torch.int64)
     rows = [

@@ -18,7 +18,7 @@ from fastgrpo.models.family import Family
 from fastgrpo.packing import Group
 from fastgrpo.packing.host import device_copies, host_copies
 
-# What TRL hands to its per-token pass beside ids, masks and `mm_token_type_ids`.
+# What TRL hands to its per-token pass beside ids, masks and `TYPE_FIELDS`.
 IMAGE_FIELDS = (
     "pixel_values",
     "image_grid_thw",
@@ -26,9 +26,9 @@ IMAGE_FIELDS = (
     "spatial_shapes",
     "num_tiles",
     "image_sizes",
-    "token_type_ids",
     "image_position_ids",
 )
+TYPE_FIELDS = ("mm_token_type_ids", "token_type_ids")  # (B, P + C); Qwen's name and Gemma's
 
 
 @dataclass
@@ -55,17 +55,19 @@ def read_rows(
     *,
     num_images: list[int] | None = None,
     mm_token_type_ids: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
 ) -> Rows:
     """Unpads (B, P + C) ids, on the host: one copy of ids, masks and the sizes of images, however
     many rows.
 
-    `fields` are the batch's image inputs by TRL's names.
+    `fields` are the batch's image inputs by TRL's names; what each token is has Qwen's name or
+    Gemma's.
 
     A completion must be contiguous and start in column P, and may hold no images of a tool; raises
     `InputError` naming the row.
     """
     device, width = input_ids.device, input_ids.shape[1] - num_columns
-    types = [] if mm_token_type_ids is None else [mm_token_type_ids]
+    types = [types for types in (mm_token_type_ids, token_type_ids) if types is not None]
     sizes = {
         name: value
         for name, value in fields.items()
@@ -84,7 +86,7 @@ def read_rows(
             f"row {int(hole.nonzero()[0])}: the completion mask has a hole; a completion must be "
             "right-padded"
         )
-    if types and types[0][:, width:].any():
+    if any(kinds[:, width:].any() for kinds in types):
         raise InputError(
             "images inside a completion (returned by a tool) cannot be packed; train this "
             "environment with TRL's own trainer"

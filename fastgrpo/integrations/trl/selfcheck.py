@@ -20,7 +20,7 @@ class TRLCheck:
     """TRL's values of some rows of a padded batch.
 
     `trl_values` is TRL's `_get_per_token_logps_and_entropies`, `inputs` its `input_ids`,
-    `attention_mask` and `mm_token_type_ids`; `exact`: computed in float32 (see `self_check`).
+    `attention_mask` and what each token is; `exact`: computed in float32 (see `self_check`).
     """
 
     def __init__(

@@ -27,6 +27,7 @@ from fastgrpo.integrations.trl.rewarding import RewardMixin
 from fastgrpo.integrations.trl.rollout import RolloutMixin
 from fastgrpo.integrations.trl.rows import (
     IMAGE_FIELDS,
+    TYPE_FIELDS,
     Rows,
     as_groups,
     read_rows,
@@ -142,12 +143,11 @@ class _FastMixin(
         compute_entropy=False,
         compute_aux_loss=False,
         num_images=None,
-        mm_token_type_ids=None,
         **fields,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """TRL's per-token values from packed groups; (B, C), exactly 0 where nothing counts.
 
-        `fields` are the images' inputs, whichever the model's family has.
+        `fields` are the images' inputs, whichever the model's family has, and what each token is.
         """
         if self._given is not None:
             return self._given
@@ -161,12 +161,11 @@ class _FastMixin(
                 compute_entropy,
                 compute_aux_loss,
                 num_images=num_images,
-                mm_token_type_ids=mm_token_type_ids,
                 **fields,
             )
         self._check_images(fields)
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        given["mm_token_type_ids"] = mm_token_type_ids
+        given |= {name: fields.pop(name, None) for name in TYPE_FIELDS}
         rows = read_rows(
             **given,
             num_columns=logits_to_keep,

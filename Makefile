@@ -72,7 +72,8 @@ bench: env
 	$(BIN)/fastgrpo bench --save
 
 # What each family's tests showed, on the oldest transformers and on today's.
-FAMILY_TESTS := -m pytest -q -m "not gpu" tests/test_families.py
+FAMILY_TESTS := -m pytest -q -m "not gpu" $(addprefix tests/test_, families.py family_controls.py \
+	video.py trl_families.py)
 families: env .venv-$(OLDEST)/.ready
 	.venv-$(OLDEST)/bin/python $(FAMILY_TESTS) --junitxml=build/families/$(OLDEST).xml
 	$(BIN)/python $(FAMILY_TESTS) --junitxml=build/families/$$($(BIN)/python -c "import transformers; print(transformers.__version__)").xml

@@ -44,7 +44,7 @@ def errors(model, groups, want, want_grads, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_one_by_one(family):
+def test_videos_equal_one_by_one(family):
     with tm.float64_norms():
         model, groups = case(family, torch.float64)
         want = tm.naive_logp(model, groups)

@@ -74,6 +74,9 @@ def keep_logits(adapter: Adapter, inputs: dict, token_ids: Sequence[int] | None 
     """(rows, V or K) float32 logits of the rows that `inputs` asks the model to keep."""
 
     def project(hidden: Tensor) -> Tensor:
+        kept = inputs.get("logits_to_keep")
+        if kept is not None and hidden.shape[1] != len(kept):  # a model that does not know it
+            hidden = hidden.index_select(1, kept)
         x, weight, bias = under_autocast(hidden, *effective_head(adapter.head))
         if token_ids is not None:
             ids = torch.as_tensor(list(token_ids), device=weight.device)

@@ -218,8 +218,12 @@ def _plain_logp(adapter: Adapter, group: Group, completion: Tensor) -> Tensor:
     has_images = adapter.family.has_images(group.vision)
     idle = adapter.family.vision_inputs and not has_images and distributed()
     with idle_tower(adapter) if idle else contextlib.nullcontext({}) as images:
-        output = adapter.root(**inputs, **images, logits_to_keep=completion.numel() + 1)
-    logits = (output.logits if hasattr(output, "logits") else output[0])[0, :-1]
+        # As a tensor: given a number, Gemma 4 cuts the queries of its last layers, whose masks
+        # are then wrong under an attention it does not know by name.
+        kept = torch.arange(group.prompt_ids.numel() - 1, ids.shape[1], device=device)
+        output = adapter.root(**inputs, **images, logits_to_keep=kept)
+    logits = (output.logits if hasattr(output, "logits") else output[0])[0]
+    logits = logits[-len(kept) : -1]  # all of them, from a model that does not know logits_to_keep
     wide = logits if logits.dtype == torch.float64 else logits.float()
     logp = torch.log_softmax(wide, -1).gather(-1, completion.to(device)[:, None])[:, 0]
     return logp.to(logits.dtype)

@@ -16,7 +16,8 @@ class Adapter:
     """A supported model, checked. `InputError` says why another is refused.
 
     `root` is what the caller trains (plain, PEFT, DDP, FSDP2): every call goes through it, so that
-    its hooks run. `core` is the transformers model inside.
+    its hooks run. `core` is the transformers model inside. `softcap` is the c of a model that caps
+    its logits z, c tanh(z / c).
     """
 
     def __init__(self, model: nn.Module):
@@ -25,6 +26,7 @@ class Adapter:
         self.config = self.core.config
         self.text_config = getattr(self.config, "text_config", None) or self.config
         self.family = family_of(self.config)
+        self.softcap: float | None = getattr(self.text_config, SOFTCAP, None)
         self.head = self.core.get_output_embeddings()
         if self.head is None:
             raise InputError(f"{type(self.core).__name__} has no lm_head; load the model with one")
@@ -38,6 +40,8 @@ class Adapter:
     def prepare(self, backend: str | None) -> str:
         """Refuse what a packed row cannot express, switch attention, and name the backend."""
         self._check_dropout()
+        if self.core.training:
+            self.family.check_training(self.core)
         if not attention.is_installed(self.core):
             attention.install(self.core, tower=self.family.varlen_tower)
         recurrence.install(self.mixers)
@@ -50,11 +54,6 @@ class Adapter:
             return self.root(**inputs)
         with recurrence.counted_calls(self.mixers):
             return self.root(**inputs)
-
-    @property
-    def softcap(self) -> float | None:
-        """What the model caps its logits z by, c tanh(z / c)."""
-        return getattr(self.text_config, SOFTCAP, None)
 
     def prompt_positions(self, prompt_ids: Tensor, vision: dict[str, Tensor]) -> Tensor:
         """(A, P + 1) positions of one prompt and of what follows it, A = 3 for an M-RoPE family,

@@ -73,6 +73,9 @@ class Family:
     def check_config(self, config) -> None:
         """`InputError` for a config of this family that a packed row cannot serve."""
 
+    def check_training(self, core: nn.Module) -> None:
+        """`InputError` for a model in train mode whose gradients would be wrong."""
+
     # -- tokens and positions
 
     def placeholders(self, config) -> tuple[int, ...]:

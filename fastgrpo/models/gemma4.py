@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from fastgrpo.errors import InputError
 from fastgrpo.models.family import Vision
 from fastgrpo.models.gemma3 import Gemma3Text, token_runs
+from fastgrpo.models.joined_processor import joined_processor
 from fastgrpo.models.tiles import Tiles
 
 
@@ -23,6 +24,18 @@ class Gemma4Text(Gemma3Text):
         text = getattr(config, "text_config", None) or config
         if text.use_bidirectional_attention == "all":
             super().check_config(config)
+
+    def check_training(self, core: nn.Module) -> None:
+        if not core.config.get_text_config().num_kv_shared_layers:
+            return
+        for layer in core.get_decoder().layers:
+            options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
+            if getattr(layer, "gradient_checkpointing", False) and options.get("use_reentrant"):
+                raise InputError(
+                    "use_reentrant=True: the layers that share keys and values take them around "
+                    "the checkpoint, so their gradient is lost, with packing and without; "
+                    "checkpoint with use_reentrant=False"
+                )
 
     def head_dim(self, text) -> int:
         return max(layer.head_dim for layer in text.per_layer_config)
@@ -130,7 +143,7 @@ class Gemma4(Gemma4Text, Tiles):
             head_dim=8,
             patch_size=4,
             pooling_kernel_size=2,
-            position_embedding_size=64,
+            position_embedding_size=256,
         )
         special = {
             "image_token_id": ids["image"],
@@ -145,6 +158,31 @@ class Gemma4(Gemma4Text, Tiles):
             vision_config=tower | vision,
             **(special | top),
         )
+
+    tiny_image_text = "<|image|>"
+
+    def tiny_tokens(self, config):
+        return super().tiny_tokens(config) | {
+            "boi_token": ("<|image>", config.boi_token_id),
+            "eoi_token": ("<image|>", config.eoi_token_id),
+        }
+
+    def tiny_processor(self, config, tokenizer, **options):
+        """The text of Gemma4Processor, whose video half needs torchvision; its images have 70
+        tokens at least."""
+        from transformers import Gemma4ImageProcessorPil
+
+        tower = config.vision_config
+        pictures = Gemma4ImageProcessorPil(
+            patch_size=tower.patch_size,
+            pooling_kernel_size=tower.pooling_kernel_size,
+            max_soft_tokens=70,
+        )
+
+        def written(inputs: dict, i: int) -> str:
+            return f"<|image>{'<|image|>' * inputs['num_soft_tokens_per_image'][i]}<image|>"
+
+        return joined_processor(pictures, tokenizer, "<|image|>", written, types=True, **options)
 
 
 FAMILIES = (Gemma4("gemma4"), Gemma4Text("gemma4_text"))

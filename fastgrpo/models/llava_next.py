@@ -93,7 +93,7 @@ def _unpadded(size: Tensor, rows: int, columns: int) -> tuple[int, int]:
 
 def _with_tiles(pixels: Tensor, count: int) -> Tensor:
     missing = count - pixels.shape[1]
-    return torch.cat([pixels, pixels.new_zeros(1, missing, *pixels.shape[2:])], 1)
+    return torch.cat([pixels, pixels.new_zeros(len(pixels), missing, *pixels.shape[2:])], 1)
 
 
 FAMILIES = (LlavaNext("llava_next"),)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgrpo.errors import InputError
 from fastgrpo.models.family import Features, Join, Vision, filled
+from fastgrpo.models.joined_processor import joined_processor
 from fastgrpo.models.llava_next import LlavaNext, _grid, _unpadded
 
 
@@ -102,6 +103,26 @@ class LlavaOnevision(LlavaNext):
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full",
         }
+
+    def tiny_processor(self, config, tokenizer, **options):
+        """The text of LlavaOnevisionProcessor, whose video half needs torchvision."""
+        from transformers import LlavaOnevisionImageProcessorPil
+
+        side = config.vision_config.image_size
+        pictures = LlavaOnevisionImageProcessorPil(
+            size={"height": side, "width": side}, image_grid_pinpoints=config.image_grid_pinpoints
+        )
+
+        def written(inputs: dict, i: int) -> str:
+            alone = [n == 1 for n in inputs["batch_num_images"] for _ in range(n)]
+            unit = {
+                "image_sizes": torch.as_tensor(inputs["image_sizes"][i])[None],
+                "batch_num_images": torch.tensor([1 if alone[i] else 2]),
+            }
+            tokens = self.image_tokens(unit, config)
+            return "<image>" * (tokens if alone[i] else tokens // 2)
+
+        return joined_processor(pictures, tokenizer, "<image>", written, **options)
 
 
 FAMILIES = (LlavaOnevision("llava_onevision"),)

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from fastgrpo.errors import InputError
 from fastgrpo.models.family import Vision
+from fastgrpo.models.joined_processor import joined_processor
 from fastgrpo.models.tiles import Tiles
 
 
@@ -78,23 +79,18 @@ class Mistral3(Tiles):
 
     def tiny_processor(self, config, tokenizer, **options):
         """The text of PixtralProcessor, which itself needs torchvision."""
-        from transformers import PixtralImageProcessorPil, ProcessorMixin
+        from transformers import PixtralImageProcessorPil
 
         side = config.vision_config.patch_size * config.spatial_merge_size
 
-        class RowsOfPatches(ProcessorMixin):
-            def __init__(self, image_processor, tokenizer, chat_template=None):
-                super().__init__(image_processor, tokenizer, chat_template=chat_template)
-                self.image_token, self.image_token_id = "[IMG]", config.image_token_id
-
-            def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-                height, width = (int(n) // side for n in image_inputs["image_sizes"][image_idx])
-                return "[IMG_BREAK]".join(["[IMG]" * width] * height) + "[IMG_END]"
+        def written(inputs: dict, i: int) -> str:
+            height, width = (int(n) // side for n in inputs["image_sizes"][i])
+            return "[IMG_BREAK]".join(["[IMG]" * width] * height) + "[IMG_END]"
 
         pictures = PixtralImageProcessorPil(
             patch_size={"height": side, "width": side}, size={"longest_edge": 4 * side}
         )
-        return RowsOfPatches(pictures, tokenizer, **options)
+        return joined_processor(pictures, tokenizer, "[IMG]", written, **options)
 
 
 FAMILIES = (Mistral3("mistral3"),)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.models.family import Vision
+from fastgrpo.models.joined_processor import joined_processor
 from fastgrpo.models.tiles import Tiles
 
 
@@ -48,6 +49,15 @@ class PaliGemma(Tiles):
             vision_config=self.tiny_tower(text) | tower | vision,
             **({"image_token_index": ids["image"], "projection_dim": text["hidden_size"]} | top),
         )
+
+    def tiny_processor(self, config, tokenizer, **options):
+        """The text PaliGemmaProcessor makes where the image's place is in it."""
+        from transformers import SiglipImageProcessorPil
+
+        side = config.vision_config.image_size
+        pictures = SiglipImageProcessorPil(size={"height": side, "width": side})
+        text = "<image>" * self.image_tokens({}, config)
+        return joined_processor(pictures, tokenizer, "<image>", lambda inputs, i: text, **options)
 
 
 FAMILIES = (PaliGemma("paligemma"),)

@@ -11,6 +11,7 @@ pytest.importorskip("trl")
 
 from trl_runs import SAME_ROWS, StockTrainer, deviation  # noqa: E402
 
+from fastgrpo import models  # noqa: E402
 from fastgrpo.integrations.trl import FastGRPOTrainer  # noqa: E402
 from fastgrpo.testing import models as tm  # noqa: E402
 from fastgrpo.testing.processors import tiny_processor  # noqa: E402
@@ -30,10 +31,12 @@ STEPS = [(family, 2) for family in CORE] + [
 def train_both(family, tmp_path, rows, **options):
     """TRL's run and ours; the largest relative difference of a logged number."""
     checkpoint = save_checkpoint(tmp_path / family, family)
-    runs = []
+    runs, config = [], tm.tiny_config(family)
+    placeholders = models.families()[family].placeholders(config)
+    options["generation_kwargs"] = {"suppress_tokens": list(placeholders) or None}
     for cls, fast in ((StockTrainer, {}), (FastGRPOTrainer, {"fast": SAME_ROWS})):
         if family in tm.VLM_FAMILIES:  # with sizes of its own: a class may not load by its name
-            options["processor"] = tiny_processor(tm.tiny_config(family))
+            options["processor"] = tiny_processor(config)
         trainer = build_trainer(
             cls, checkpoint, tmp_path / cls.__name__, rows=rows, **fast, **options
         )

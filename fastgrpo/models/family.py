@@ -51,16 +51,17 @@ class Family:
 
     `name` is transformers' `model_type`. `vision_inputs` are the processor's outputs that describe
     images, as the model's forward takes them, `video_inputs` those that describe videos (none:
-    videos are refused) and `position_inputs` those that only `positions` reads; `axes` the rows of
-    its position ids (3 for M-RoPE);
-    `layer_kinds` the values of `layer_types` that are served; `decoders` the text models it may be
-    built on (None: its own alone); `varlen_tower` says that the tower's attention is told the
-    bounds of images and windows in one sequence, as a variable-length call takes them.
+    videos are refused), `position_inputs` those that only `positions` reads, `count_inputs` those
+    of a trainer's batch that only `split_rows` reads; `axes` the rows of its position ids (3 for
+    M-RoPE); `layer_kinds` the values of `layer_types` that are served; `decoders` the text models
+    it may be built on (None: its own alone); `varlen_tower` says that the tower's attention is told
+    the bounds of images and windows in one sequence, as a variable-length call takes them.
     """
 
     vision_inputs: tuple[str, ...] = ()
     video_inputs: tuple[str, ...] = ()
     position_inputs: tuple[str, ...] = ()
+    count_inputs: tuple[str, ...] = ()
     axes = 1
     layer_kinds: tuple[str, ...] = ("full_attention", "sliding_attention")
     decoders: tuple[str, ...] | None = None

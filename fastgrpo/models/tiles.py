@@ -23,6 +23,7 @@ class Tiles(Family):
     """
 
     vision_inputs: tuple[str, ...] = ("pixel_values",)
+    count_inputs = ("num_tiles",)
     decoders = DECODERS
     tiny_decoder = "qwen2"
 

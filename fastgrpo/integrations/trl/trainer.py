@@ -206,7 +206,8 @@ class _FastMixin(
         """The images' inputs of a batch (keys are TRL's) are those of the model's family."""
         family = Adapter(self.accelerator.unwrap_model(self.model)).family
         given = [name for name in IMAGE_FIELDS if batch.get(name) is not None]
-        foreign = [name for name in given if name not in family.vision_inputs]
+        known = (*family.vision_inputs, *family.count_inputs)
+        foreign = [name for name in given if name not in known]
         if foreign:
             raise InputError(
                 f"{foreign[0]}: images of family {family.name!r} come in {family.vision_inputs}"

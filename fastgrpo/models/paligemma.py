@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgrpo.models.family import Vision
+from fastgrpo.models.family import Coordinates, Vision
 from fastgrpo.models.joined_processor import joined_processor
 from fastgrpo.models.tiles import Tiles
 
@@ -17,6 +17,9 @@ class PaliGemma(Tiles):
     PaliGemma 2 is not served: its Gemma 2 decoder caps attention scores.
     """
 
+    coordinates = Coordinates(
+        "1024ths", "PaliGemma, arXiv 2407.07726: loc tokens of 1024 bins, y before x", order="yxyx"
+    )
     decoders = ("gemma",)
     tiny_decoder = "gemma"
 

@@ -12,13 +12,15 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
 env: $(VENV)/.ready
 
-# torch goes first and pinned: an open range pulls gigabytes of another build.
+# torch goes first and pinned: an open range pulls gigabytes of another build. deepspeed is built from
+# source by what is installed then.
 $(VENV)/.ready: pyproject.toml setup.py $(CONSTRAINTS) $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip "setuptools>=77" wheel
 	$(PIP) -c $(CONSTRAINTS) torch
 	$(PIP) -c $(CONSTRAINTS) pybind11 ninja
 	$(PIP) -c $(CONSTRAINTS) --no-build-isolation -e ".[test]"
+	$(PIP) -c $(CONSTRAINTS) --no-build-isolation deepspeed
 	touch $@
 
 demo: env

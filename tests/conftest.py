@@ -35,6 +35,31 @@ def checkpoint(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("tiny") / "qwen2_5_vl")
 
 
+@pytest.fixture(scope="session")
+def launch():
+    """Starts runs of several processes; see `fastgrpo.testing.launch`."""
+    from fastgrpo.testing.launch import Launcher
+
+    with Launcher(Path(__file__).parent / "distributed" / "job.py") as launcher:
+        yield launcher
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A folder with the tiny checkpoints that runs of several processes begin from."""
+    from fastgrpo.testing.models import tiny_model
+    from fastgrpo.testing.processors import tiny_processor
+    from fastgrpo.testing.trl import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("distributed")
+    save_checkpoint(folder / "model_images")
+    save_checkpoint(folder / "model_text", "qwen3")
+    tied = tiny_model("qwen2_5_vl", text={"tie_word_embeddings": True}, tie_word_embeddings=True)
+    tied.save_pretrained(folder / "model_tied")
+    tiny_processor(tied.config).save_pretrained(folder / "model_tied")
+    return folder
+
+
 def pytest_ignore_collect(collection_path, config):
     """`-m gpu` imports the test_gpu_*.py alone, which need no package but torch, triton,
     transformers and pytest: a machine with a GPU need have no other."""

@@ -35,6 +35,11 @@ def test_doctor_names_packages_ops_and_reasons(capsys, tmp_path):
     for seam, library in seams.LIBRARIES.items():
         installed = importlib.util.find_spec(library) is not None
         assert found["recurrence"][seam]["uses"] == (library if installed else "torch")
+    assert {"ddp", "fsdp2", "zero1", "zero2", "zero3"} == set(found["parallel"])
+    for entry in found["parallel"].values():
+        assert Path(entry["config"]).is_file()
+    without = importlib.util.find_spec("deepspeed") is None
+    assert ("deepspeed" in (found["parallel"]["zero3"]["lacks"] or "")) == without
     on_gpu = seams.implementations(torch.device("cuda"))
     assert all("slower on a GPU" in str(e) for e in on_gpu.values() if e["uses"] == "torch")
     if not torch.cuda.is_available():

@@ -14,6 +14,7 @@ import traceback
 
 import pytest
 import torch
+from compare import needs
 
 pytest.importorskip("trl")
 
@@ -21,6 +22,7 @@ from transformers import TrainerCallback  # noqa: E402
 
 from fastgrpo.checkpoints import newest_complete  # noqa: E402
 from fastgrpo.integrations.trl import FastGRPOTrainer  # noqa: E402
+from fastgrpo.testing.launch import MODES  # noqa: E402
 from fastgrpo.testing.trl import build_trainer, save_checkpoint, steps_of  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -35,6 +37,8 @@ RUNS = {
     "several_steps_a_generation": dict(steps_per_generation=2, num_iterations=2),
     "every_step_saved": dict(save_steps=1, save_total_limit=2),
 }
+
+KINDS = len(RUNS) + len(MODES)
 
 
 class Progress(TrainerCallback):
@@ -101,7 +105,7 @@ def test_killed_runs_repeat_the_uninterrupted_one(tmp_path, name):
     duration = time.monotonic() - began
     expected = {s["step"]: s for s in json.loads((whole / "result.json").read_text())["steps"]}
     parameters = torch.load(whole / "result.pt", weights_only=True)
-    for trial in range(KILLS // len(RUNS)):
+    for trial in range(KILLS // KINDS):
         output = tmp_path / f"trial-{trial}"
         output.mkdir()
         pid = forked(train, checkpoint, output, options)
@@ -119,4 +123,32 @@ def test_killed_runs_repeat_the_uninterrupted_one(tmp_path, name):
                 # Rewards are logged by the step that samples them.
                 assert step.get(metric) == expected[step["step"]].get(metric), (trial, metric)
         for key, value in torch.load(result.with_suffix(".pt"), weights_only=True).items():
+            assert torch.equal(value, parameters[key]), (trial, key)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_processes_repeat_the_uninterrupted_run(launch, models, mode):
+    needs(mode)
+    folder, draw = models / f"killed-{mode}", random.Random(mode)
+    whole = folder / "whole"
+    whole.mkdir(parents=True)
+    began = time.monotonic()
+    launch(mode, "go_on", whole)
+    duration = time.monotonic() - began
+    expected = {s["step"]: s for s in json.loads((whole / "result.json").read_text())}
+    parameters = torch.load(whole / "result.pt", weights_only=True)
+    for trial in range(KILLS // KINDS):
+        output = folder / f"trial-{trial}"
+        output.mkdir()
+        launch(mode, "go_on", output, kill_after=draw.uniform(0.1, 1.0) * duration)
+        progress = output / "progress"
+        done = int(progress.read_text() or 0) if progress.exists() else 0
+        start, _ = newest_complete(output)
+        first = int(start.name.split("-")[1]) if start else 0
+        assert first >= done - EVERY, (trial, done)
+        launch(mode, "go_on", output)
+        for step in json.loads((output / "result.json").read_text()):
+            for metric in ("loss", "grad_norm", "reward", "kl"):
+                assert step.get(metric) == expected[step["step"]].get(metric), (trial, metric)
+        for key, value in torch.load(output / "result.pt", weights_only=True).items():
             assert torch.equal(value, parameters[key]), (trial, key)

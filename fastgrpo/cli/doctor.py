@@ -9,6 +9,7 @@ tensor-core instructions is printed and makes the exit status 1.
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.resources
 import importlib.util
 import json
 import os
@@ -33,6 +34,8 @@ PACKAGES = {
     "trl": "the trainer integration",
     "accelerate": "the trainer integration",
     "peft": "LoRA",
+    "deepspeed": "ZeRO under the trainer",
+    "vllm": "rollouts in another engine (use_vllm)",
     "flash-attn": "attention of completions and vision towers",
     "flash-linear-attention": "recurrent layers (gated DeltaNet: Qwen3.5 and later)",
     "causal-conv1d": "their convolution",
@@ -59,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         "ops": ops(),
         "attention": attention(),
         "recurrence": implementations(device()),
+        "parallel": parallel(),
     }
     print(describe(findings))
     failed = False
@@ -133,6 +137,19 @@ def attention() -> dict[str, Any]:
     return {"uses": chosen, "others": {n: get_backend(n).unavailable(*case) for n in others}}
 
 
+def parallel() -> dict[str, dict[str, str | None]]:
+    """accelerate's configuration files for several processes, and what each lacks here."""
+
+    def lacks(name: str) -> str | None:
+        wanted = ["trl", "accelerate", *(["deepspeed"] if name.startswith("zero") else [])]
+        missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+        return f"{' and '.join(missing)} not installed" if missing else None
+
+    configs = importlib.resources.files("fastgrpo") / "accelerate_configs"
+    names = sorted(f.name.removesuffix(".yaml") for f in configs.iterdir())
+    return {n: {"config": str(configs / f"{n}.yaml"), "lacks": lacks(n)} for n in names}
+
+
 def compile_kernels(archs: list[str], only: str | None) -> list[dict[str, Any]]:
     """Compile the kernels for each architecture, printing a line for each."""
     if importlib.util.find_spec("triton") is None:
@@ -188,4 +205,7 @@ def describe(findings: dict[str, Any]) -> str:
         lines.append(f"  {op:<30}{entry['uses']}")
         for name, reason in entry["others"].items():
             lines.append(f"  {'':<30}  {name}: {reason or 'could serve, is not preferred here'}")
+    lines += ["", "several processes: accelerate launch --config_file FILE"]
+    for mode, entry in findings["parallel"].items():
+        lines.append(f"  {mode:<14}{entry['config']}  {entry['lacks'] or ''}".rstrip())
     return "\n".join(lines)

@@ -16,7 +16,6 @@ from pathlib import Path
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from fastgrpo import recipes, rewards
-from fastgrpo.checkpoints import fault_of, newest_complete
 from fastgrpo.cli.config import FastGRPOConfig
 from fastgrpo.cli.data import check_rows, load_data
 from fastgrpo.cli.processor import image_tokens, load_processor
@@ -36,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = build_trainer(config, model_config)
     show_lines(trainer, record(trainer))
     with getattr(trainer.train_dataset, "feed", contextlib.nullcontext()):
-        trainer.train(resume_from_checkpoint=_checkpoint(config))
+        trainer.train(resume_from_checkpoint=_checkpoint(config, trainer))
     trainer.save_model(config.output_dir)
     trainer.save_state()
     for line in next_lines(config, arguments):
@@ -153,21 +152,11 @@ def _vision_tower(model):
     return tower
 
 
-def _checkpoint(config: FastGRPOConfig) -> str | None:
+def _checkpoint(config: FastGRPOConfig, trainer: FastGRPOTrainer) -> str | None:
     """Where to resume: the checkpoint named, else the newest complete one, else nowhere."""
-    if config.resume_from_checkpoint is not None:
-        fault = fault_of(Path(config.resume_from_checkpoint))
-        if fault:
-            raise InputError(
-                f"resume_from_checkpoint: {config.resume_from_checkpoint} is incomplete: {fault}"
-            )
+    if config.resume_from_checkpoint is not None or not config.resume:
         return config.resume_from_checkpoint
-    if not config.resume:
-        return None
-    checkpoint, skipped = newest_complete(Path(config.output_dir))
-    for path, fault in skipped:
-        logger.warning("%s is incomplete and skipped: %s", path, fault)
-    if checkpoint is None:
-        return None
-    logger.warning("resuming from %s", checkpoint)
-    return str(checkpoint)
+    checkpoint = trainer.newest_checkpoint()
+    if checkpoint is not None:
+        logger.warning("resuming from %s", checkpoint)
+    return checkpoint

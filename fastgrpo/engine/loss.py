@@ -203,6 +203,7 @@ def loss_of_groups(
         GroupScores([empty] * len(g.completions), [empty] * len(g.completions)) for g in groups
     ]
     totals = {"num_tokens": num_tokens, "num_sequences": num_sequences}
+    extra = extra_forwards(adapter, rows)  # a collective: before the forwards, which are too
     store, parts, results = feature_store(rows, detach=False), [], []
     for row in rows:
         batch = loss.inputs(groups, row.members, row.mask, loss_dtype(adapter))
@@ -214,7 +215,7 @@ def loss_of_groups(
             if column is not None:
                 for (g, c), value in zip(row.members, column.split(row.lengths), strict=True):
                     getattr(scores[g], field)[c] = value
-    for _ in range(extra_forwards(adapter, rows)):  # the last row again; no token of it counts
+    for _ in range(extra):  # the last row again; no token of it counts
         parts.append(loss(adapter, rows[-1], without_tokens(batch) | totals, store)[1])
     return StepLoss(torch.stack(parts).sum() if parts else empty.sum(), scores, results)
 

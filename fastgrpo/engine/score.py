@@ -73,6 +73,7 @@ def score(
         GroupScores([empty] * len(g.completions), [empty] * len(g.completions)) for g in groups
     ]
     options = {"entropy_grad": entropy_grad, "workspace_mb": workspace_mb}
+    extra = extra_forwards(adapter, rows)  # a collective: before the forwards, which are too
     store = feature_store(rows, detach=False)
     for row in rows:
         with balance.watching(row) if balance else contextlib.nullcontext():
@@ -80,7 +81,7 @@ def score(
         for column, field in zip(columns, ("logp", "entropy"), strict=False):
             for (g, c), value in zip(row.members, column.split(row.lengths), strict=True):
                 getattr(results[g], field)[c] = value
-    for _ in range(extra_forwards(adapter, rows)):
+    for _ in range(extra):
         idle = score_row(adapter, rows[-1], temperature, outputs, store)[0]
         g, c = rows[-1].members[0]
         results[g].logp[c] = results[g].logp[c] + idle[:0].sum()  # part of any backward

@@ -44,6 +44,18 @@ def metric_kind(name: str) -> str:
     return tail if tail in ("min", "max") else "mean"
 
 
+def combined_stats(names: list[str], stats: list[torch.Tensor]) -> torch.Tensor:
+    """The (M, 2) statistics of a whole from those of its parts."""
+    stacked = torch.stack(stats)
+    combined = stacked.sum(0)
+    for i, name in enumerate(names):
+        if metric_kind(name) == "min":
+            combined[i] = stacked[:, i].amin(0)
+        elif metric_kind(name) == "max":
+            combined[i] = stacked[:, i].amax(0)
+    return combined
+
+
 def merge_stats(names: list[str], stats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Metrics from the statistics of the parts of a batch: 0-dim tensors, NaN where undefined."""
     stacked = torch.stack(stats)

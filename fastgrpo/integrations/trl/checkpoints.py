@@ -18,11 +18,15 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import rotate_checkpoints
 from trl.trainer.utils import RepeatSampler
 
+from fastgrpo.checkpoints import fault_of, newest_complete
 from fastgrpo.checkpoints.manifest import publish, sync_folder, write_manifest
+from fastgrpo.engine.parallel import load_whole
+from fastgrpo.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,42 @@ class EpochSampler(RepeatSampler):
 
 class CheckpointMixin:
     """Saving and resuming of a TRL trainer by whole checkpoints; see the module."""
+
+    _found: str | None = None  # a checkpoint that was looked at and is whole
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """TRL's, from a checkpoint that is whole: the one named, or the newest of the run (True).
+
+        Raises `InputError` where the one named is not, or there is none.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self.newest_checkpoint()
+            if resume_from_checkpoint is None:
+                raise InputError(f"resume_from_checkpoint: no whole one in {self.args.output_dir}")
+        elif resume_from_checkpoint and resume_from_checkpoint != self._found:
+            fault = self._by_first(lambda: fault_of(Path(resume_from_checkpoint)))
+            if fault:
+                raise InputError(
+                    f"resume_from_checkpoint: {resume_from_checkpoint} is incomplete: {fault}"
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def newest_checkpoint(self) -> str | None:
+        """The newest whole checkpoint of the run, the same in every process; None without one."""
+
+        def find() -> str | None:
+            checkpoint, skipped = newest_complete(Path(self.args.output_dir))
+            for path, fault in skipped:
+                logger.warning("%s is incomplete and skipped: %s", path, fault)
+            return checkpoint and str(checkpoint)
+
+        self._found = self._by_first(find)
+        return self._found
+
+    def _by_first(self, look):
+        """What the first process finds: files are read, and hashed, by one."""
+        found = [look() if self.accelerator.is_main_process else None]
+        return broadcast_object_list(found)[0]
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
@@ -139,7 +179,30 @@ class CheckpointMixin:
         every = self.args.steps_per_generation * self.num_iterations
         middle = self._step % every != 0
         state = {"step": self._step, "inputs": self._buffered_inputs if middle else None}
+        state["settings"] = self._rollout_settings
         torch.save(state, folder / ROLLOUT.format(rank=self.args.process_index))
+
+    @property
+    def _rollout_settings(self) -> dict[str, int]:
+        """What the shape and the order of a generated batch depend on."""
+        names = ("per_device_train_batch_size", "steps_per_generation", "num_generations")
+        world = {"processes": self.accelerator.num_processes, "iterations": self.num_iterations}
+        return {name: getattr(self.args, name) for name in names} | world
+
+    def _load_rollout(self, path: Path) -> None:
+        """The batch a step is in the middle of; a step of another size samples its own."""
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        settings = self._rollout_settings
+        if state.get("settings", settings) == settings:
+            self._step, self._buffered_inputs = state["step"], state["inputs"]
+        elif state["inputs"] is not None:
+            logger.warning(
+                "%s was sampled for other settings (%s, now %s) and is not used: the run samples "
+                "from its prompts again",
+                path,
+                state["settings"],
+                settings,
+            )
 
     def _save_reference(self, folder: Path) -> None:
         if not self.args.sync_ref_model or self.ref_model is None:
@@ -154,12 +217,12 @@ class CheckpointMixin:
             return
         path = Path(checkpoint, ROLLOUT.format(rank=self.args.process_index))
         if path.is_file():
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-            self._step, self._buffered_inputs = state["step"], state["inputs"]
+            self._load_rollout(path)
         reference = Path(checkpoint, REFERENCE)
         if self.args.sync_ref_model and self.ref_model is not None:
             if reference.is_file():
-                self.ref_model.load_state_dict(load_file(reference))
+                model = self.accelerator.unwrap_model(self.ref_model)
+                load_whole(model, load_file(reference))
             else:
                 logger.warning(
                     "%s has no reference model: KL starts from the first one", checkpoint

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from fastgrpo.errors import InputError
@@ -56,30 +57,36 @@ class SaveOnTerm(TrainerCallback):
 class OneWriter(TrainerCallback):
     """Refuses an output folder that another running process writes to.
 
-    The lock is the kernel's (flock): it goes with the process, however that ends.
+    The lock is the kernel's (flock): it goes with the process, however that ends. The processes
+    of one run are refused together.
     """
 
     def __init__(self):
         self._file = None
 
     def on_train_begin(self, args, state, control, **_):
-        if not args.should_save:
-            return
         folder = Path(args.output_dir)
+        owners = gather_object([self._other_owner(folder) if args.should_save else None])
+        owner = next(filter(None, owners), None)
+        if owner is not None:
+            self.on_train_end(args, state, control)
+            raise InputError(
+                f"output_dir: {folder} is being written by {owner}; give each run its own"
+            )
+
+    def _other_owner(self, folder: Path) -> str | None:
+        """Takes the folder; who has it already, if anybody."""
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / LOCK).open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.seek(0)
-            owner = self._file.read().strip() or "another process"
-            self._file.close()
-            raise InputError(
-                f"output_dir: {folder} is being written by {owner}; give each run its own"
-            ) from None
+            return self._file.read().strip() or "another process"
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()}")
         self._file.flush()
+        return None
 
     def on_train_end(self, args, state, control, **_):
         if self._file is not None:

@@ -36,7 +36,7 @@ from fastgrpo.integrations.trl.rows import (
     scorable,
     without_gradient,
 )
-from fastgrpo.losses.metrics import merge_stats
+from fastgrpo.losses.metrics import combined_stats, merge_stats
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.objective import Objective
 from fastgrpo.ops.grpo_loss import GRPOLoss, grpo_loss
@@ -50,7 +50,6 @@ LOSS_METHODS = (
     "get_off_policy_mask",
     "get_gamma_weights",
 )
-ONE_ROW = 2**40
 _LOSS_TOLERANCE = 1e-3
 
 
@@ -199,19 +198,14 @@ class LossMixin:
         totals: dict,
         balance: RouterBalance | None = None,
     ) -> StepLoss:
-        max_tokens = self.fast.max_tokens
-        if self.accelerator.num_processes > 1:
-            # DDP expects one forward per backward; passes without gradient go around it.
-            if torch.is_grad_enabled():
-                max_tokens = ONE_ROW
-            else:
-                model = self.accelerator.unwrap_model(model)
+        if not torch.is_grad_enabled():  # DDP would wait for a backward
+            model = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
             return loss_of_groups(
                 loss,
                 Adapter(model),
                 groups,
-                max_tokens=max_tokens,
+                max_tokens=self.fast.max_tokens,
                 backend=self.fast.backend,
                 placeholders="neutralize",
                 balance=balance,
@@ -322,7 +316,9 @@ class LossMixin:
     def _log_own(self, results: Sequence[GRPOLoss], totals: dict, aux: Tensor | None) -> None:
         """TRL's metrics of a loss that is not TRL's, over all processes."""
         names = list(results[0].stat_names)
-        stats = self.accelerator.gather(torch.stack([result.stats for result in results]))
+        # One table a process, whatever number of rows it had: a gather wants equal shapes.
+        own = combined_stats(names, [result.stats for result in results])
+        stats = self.accelerator.gather(own[None])
         merged = {name: float(x) for name, x in merge_stats(names, list(stats)).items()}
         metrics = self._metrics[self._mode]
         for name, value in merged.items():

@@ -12,8 +12,10 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from trl.extras.profiling import profiling_context
 
+from fastgrpo.engine.parallel import is_zero3
 from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl.attention import give_back_attention
+from fastgrpo.integrations.trl.gathering import whole_policy
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing import Group
 from fastgrpo.packing.planner import regroup
@@ -44,9 +46,13 @@ class RolloutMixin:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
-        with profiling_context(self, "transformers.generate"), self.accelerator.autocast():
+        with (
+            profiling_context(self, "transformers.generate"),
+            self.accelerator.autocast(),
+            whole_policy(self) as model,
+        ):
             completion_ids = sample_rows(
-                self.accelerator.unwrap_model(self.model),
+                model,
                 prompt_ids,
                 multimodal_fields,
                 None if images is None else [len(row or ()) for row in images],
@@ -120,15 +126,23 @@ def packed_settings(trainer, has_tool_images: bool) -> tuple[GenerationConfig | 
     model = Adapter(root).core
     if not _generates_as_transformers(root, model):
         return None, f"{type(model).__name__}.generate is not transformers' own"
+    if is_zero3(model) and not trainer.args.ds3_gather_for_generation:
+        return None, "ds3_gather_for_generation=False leaves ZeRO-3's weights in shards"
     settings = effective_settings(model, trainer.generation_config)
     unserved = unserved_setting(settings, trainer.eos_token_ids)
     return settings, unserved and f"{unserved} is not implemented"
 
 
 def _generates_as_transformers(root: nn.Module, model: PreTrainedModel) -> bool:
-    """Whether nobody gave the model, or its PEFT wrapper, a `generate` of its own."""
-    if any("generate" in vars(module) for module in (root, model)):
-        return False
+    """Whether nobody gave the model, or its PEFT wrapper, a `generate` of its own.
+
+    accelerate lets FSDP's hooks run around it, which changes nothing of what it does.
+    """
+    for module in (root, model):
+        own = getattr(vars(module).get("generate"), "__func__", vars(module).get("generate"))
+        hooked = getattr(own, "__globals__", {}).get("__name__", "")
+        if own is not None and not hooked.startswith("torch.distributed.fsdp."):
+            return False
     return getattr(type(model).generate, "__qualname__", None) == "GenerationMixin.generate"
 
 

@@ -118,8 +118,10 @@ def _check_methods(trainer: GRPOTrainer, own: type) -> None:
 def _check_parallelism(trainer: GRPOTrainer) -> None:
     accelerator = trainer.accelerator
     kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED"):
         raise InputError(f"distributed type {kind} has not been tested with packed rows")
+    if kind == "FSDP" and not accelerator.is_fsdp2:
+        raise InputError("FSDP version 1 has not been tested with packed rows; set fsdp_version: 2")
     parallelism = getattr(accelerator, "parallelism_config", None)
     if parallelism is not None and max(parallelism.cp_size, parallelism.sp_size) > 1:
         raise InputError(

@@ -19,8 +19,9 @@ from fastgrpo.integrations.trl.attention import AttentionMixin
 from fastgrpo.integrations.trl.batches import BatchMixin
 from fastgrpo.integrations.trl.checkpoints import CheckpointMixin
 from fastgrpo.integrations.trl.fallback import FallbackMixin
+from fastgrpo.integrations.trl.gathering import GatheringMixin
 from fastgrpo.integrations.trl.interruptions import FiniteStepsMixin, OneWriter, SaveOnTerm
-from fastgrpo.integrations.trl.loss import ONE_ROW, LossMixin
+from fastgrpo.integrations.trl.loss import LossMixin
 from fastgrpo.integrations.trl.perception import PerceptionMixin
 from fastgrpo.integrations.trl.resampling import ResamplingMixin
 from fastgrpo.integrations.trl.rewarding import RewardMixin
@@ -88,6 +89,7 @@ class FastOptions:
 
 class _FastMixin(
     CheckpointMixin,
+    GatheringMixin,
     ResamplingMixin,
     LossMixin,
     PerceptionMixin,
@@ -107,11 +109,6 @@ class _FastMixin(
         perception: PerceptionRule | None = None,
     ) -> None:
         check_trainer(self, _FastMixin, self_check=options.self_check)
-        if self.accelerator.num_processes > 1 and options.max_tokens is not None:
-            raise InputError(
-                "max_tokens: with several processes a micro-batch is one packed row (DDP expects "
-                "one forward per backward); set per_device_train_batch_size instead"
-            )
         self.fast = options
         self._judge()
         if perception is not None and self._padded_reason:
@@ -222,20 +219,15 @@ class _FastMixin(
     ) -> list:
         if not groups:
             return []
-        max_tokens = self.fast.max_tokens
-        if self.accelerator.num_processes > 1:
-            # DDP expects one forward per backward; passes without gradient go around it.
-            if torch.is_grad_enabled():
-                max_tokens = ONE_ROW
-            else:
-                model = self.accelerator.unwrap_model(model)
+        if not torch.is_grad_enabled():  # DDP would wait for a backward
+            model = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
             return score(
                 model,
                 groups,
                 temperature=self.temperature,
                 outputs=outputs,
-                max_tokens=max_tokens,
+                max_tokens=self.fast.max_tokens,
                 backend=self.fast.backend,
                 # TRL's loss needs it for its bonus only; another's may for anything.
                 entropy_grad=self._entropy_bonus_enabled or self._changed("_compute_loss"),
@@ -253,7 +245,8 @@ class _FastMixin(
         ids = [rows.completions[row] for row in members]
         clean = [r for r, c in zip(members, ids, strict=True) if not self._is_placeholder(c).any()]
         clean = [row for row in clean if counted[row].any()]
-        if not clean:
+        images = any(rows.vision[row] for row in clean)
+        if not self._all_alike(bool(clean), images) or not clean:
             return
         half = self.accelerator.mixed_precision != "no"
         dtype = torch.bfloat16 if half else next(model.parameters()).dtype
@@ -269,12 +262,22 @@ class _FastMixin(
                 check.gradients(clean, lambda groups: self._score(model, groups, ("logp",)))
         self._checked.add(key)
 
+    def _all_alike(self, *facts: bool) -> bool:
+        """Whether these hold in every process or in none: TRL's forward may be a collective."""
+        if self.accelerator.num_processes == 1:
+            return True
+        votes = torch.tensor([facts], dtype=torch.float32, device=self.accelerator.device)
+        votes = self.accelerator.gather(votes)
+        return bool((votes == votes[0]).all())
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not load_renamed(self.model if model is None else model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
-        if not load_renamed(self.model, self.state.best_model_checkpoint):
+        if self.is_deepspeed_enabled or not load_renamed(
+            self.model, self.state.best_model_checkpoint
+        ):
             super()._load_best_model()
 
 

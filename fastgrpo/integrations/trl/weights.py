@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
+from fastgrpo.engine.parallel import fsdp2_units, is_zero3
 from fastgrpo.errors import InputError
 
 
@@ -19,11 +20,12 @@ def load_renamed(model: nn.Module, checkpoint: str | Path) -> bool:
 
     transformers 5 saves Qwen-VL models under their first names ("visual.*"), and its Trainer
     resumes with `load_state_dict(strict=False)`, which then loads nothing and says so in a warning
-    only. False if the names agree or the model is wrapped: the Trainer's own way is right then.
+    only. False if the names agree or the model is wrapped or sharded: the Trainer's own way, which
+    reads FSDP's or DeepSpeed's files, is right then.
     """
-    if not isinstance(model, PreTrainedModel) or stored_names(checkpoint) <= set(
-        model.state_dict()
-    ):
+    if not isinstance(model, PreTrainedModel) or fsdp2_units(model) or is_zero3(model):
+        return False
+    if stored_names(checkpoint) <= set(model.state_dict()):
         return False
     loaded = type(model).from_pretrained(checkpoint, dtype=model.dtype)
     model.load_state_dict(loaded.state_dict())

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a process of `bench_distributed.py` does: some optimizer steps, its seconds and memory."""
+
+import gc
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from fastgrpo.integrations.trl import FastGRPOTrainer
+from fastgrpo.testing import cpu_processes
+from fastgrpo.testing.trl import build_trainer
+
+if not torch.cuda.is_available():
+    torch.set_num_threads(1)
+    cpu_processes.install()
+
+TRAINERS = {"TRL": GRPOTrainer, "fastgrpo": FastGRPOTrainer}
+
+
+def measure(kind: str, job: str, output: str) -> None:
+    """Trains the job of that file and writes this process's row."""
+    job = json.loads(Path(job).read_text())
+    rows = [{"prompt": prompt} for prompt in job["prompts"]]
+    for row, path in zip(rows, job["images"], strict=True):
+        row["images"] = [Image.open(path)]
+    world, rank = (int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    memory = Memory()
+    watch = Stopwatch()
+    trainer = build_trainer(
+        TRAINERS[kind],
+        Path(job["folder"]),
+        Path(output, "run"),
+        rows=rows,
+        callbacks=[watch],
+        use_cpu=False,
+        max_steps=3,
+        per_device_train_batch_size=job["generations"],
+        gradient_accumulation_steps=len(rows) // world,
+        num_generations=job["generations"],
+        max_completion_length=job["new_tokens"],
+        generation_kwargs={"min_new_tokens": job["new_tokens"]},
+        learning_rate=1e-6,
+        optim="adamw_torch",
+    )
+    trainer.train()
+    figures = {"ms": statistics.median(watch.seconds[1:]) * 1e3, **memory.figures()}
+    Path(output, f"rank{rank}.json").write_text(json.dumps(figures))
+    trainer.accelerator.wait_for_everyone()
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of each optimizer step, rollout and scoring included."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **_):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **_):
+        self.seconds.append(time.perf_counter() - self.began)
+
+
+class Memory:
+    """What this process holds between steps, and the most it had, in MiB.
+
+    On the CPU the peak is of the resident set, above its size at the start.
+    """
+
+    def __init__(self):
+        self.cuda = torch.cuda.is_available()
+        if not self.cuda:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+            self.start = _resident("VmRSS")
+
+    def figures(self) -> dict[str, float]:
+        gc.collect()
+        storages = {}
+        for thing in gc.get_objects():
+            if isinstance(thing, torch.Tensor) and type(thing) in (
+                torch.Tensor,
+                torch.nn.Parameter,
+            ):
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        held = sum(storages.values()) / 2**20
+        if self.cuda:
+            return {"held MiB": held, "peak MiB": torch.cuda.max_memory_allocated() / 2**20}
+        return {"held MiB": held, "peak MiB": _resident("VmHWM") - self.start}
+
+
+def _resident(field: str) -> float:
+    """A size in /proc/self/status, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(field + ":")) / 1024

@@ -22,11 +22,31 @@ def whole_policy(trainer) -> Iterator[nn.Module]:
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_zero3(model):
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        with (
+            _without_root_hook(trainer.model_wrapped),
+            unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
+        ):
             yield model
         return
     with whole_weights(model):
         yield model
+
+
+@contextlib.contextmanager
+def _without_root_hook(engine: nn.Module) -> Iterator[None]:
+    """TRL takes off DeepSpeed's hooks but the root's first, which compares the processes' traces.
+
+    That is a collective in every forward (`PartitionedParameterCoordinator.reset_step`).
+    """
+    optimizer = engine.optimizer
+    offload = getattr(optimizer, "parameter_offload", optimizer)
+    hooks, key = offload.module._forward_pre_hooks, offload.fwd_pre_hook.id
+    hook = hooks.pop(key)
+    try:
+        yield
+    finally:
+        hooks[key] = hook
+        hooks.move_to_end(key, last=False)
 
 
 class GatheringMixin:

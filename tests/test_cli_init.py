@@ -197,6 +197,7 @@ def test_a_long_image_that_the_processor_leaves_above_the_limit_is_named(started
         capsys,
         *("--model_name_or_path", str(started / "model"), "--max_pixels", str(4 * 28 * 28)),
         *("--dataset_name", str(tmp_path / "rows.json"), "--reward_funcs", "vlm_r1/iou"),
+        *("--max_completion_length", "24"),
     )
     assert code == 0
     assert f"images of {560 * 28} pixels, seen as {8 * 28 * 28}" in texts(findings, "prompts")

@@ -4,6 +4,7 @@
 import fcntl
 import json
 import re
+import sys
 
 import pytest
 import yaml
@@ -110,6 +111,16 @@ def test_a_wrong_turn_is_one_line(job, wrong):
     assert message.startswith("fastgrpo train: ") and "\n" not in message
     assert len(message) < 800
     assert re.search(WRONG[wrong].replace("{{", "{").replace("}}", "}"), message), message
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("fastgrpo.cli.eval")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(
+        SystemExit, match=r"^fastgrpo eval: needs trl: pip install 'fastgrpo\[trl]'"
+    ):
+        main(["eval", "x"])
 
 
 def test_nothing_at_all_names_what_is_missing():

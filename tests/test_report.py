@@ -2,6 +2,7 @@
 """A run's report: complete, self-contained, safe with hostile text, clear about what is missing."""
 
 import base64
+import importlib.util
 import io
 import json
 from html.parser import HTMLParser
@@ -190,6 +191,14 @@ def test_write_report_shows_the_first_and_the_last_step(run, tmp_path, no_curves
         write_completions(run, [row | {"step": step}], step)
     text = read(write_report(run)).text
     assert "from step 3" in text and "from step 2" not in text and "Step 1" in text
+
+
+def test_without_matplotlib_the_page_has_all_but_the_curves(run, monkeypatch):
+    real = importlib.util.find_spec
+    absent = lambda name, *rest: None if name == "matplotlib" else real(name, *rest)  # noqa: E731
+    monkeypatch.setattr("importlib.util.find_spec", absent)
+    page = read(write_report(run))
+    assert "No curves: matplotlib is not installed" in page.text and len(page.images) == 2
 
 
 def test_write_report_refuses_what_is_no_run(run, tmp_path, capsys, no_curves):

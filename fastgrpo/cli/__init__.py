@@ -16,6 +16,13 @@ COMMANDS = {
     "report": "write the report of a training run",
 }
 
+# Package -> the extra of ours that installs it.
+EXTRAS = {
+    **dict.fromkeys(("trl", "datasets", "peft", "accelerate"), "trl"),
+    **dict.fromkeys(("matplotlib", "pyarrow"), "report"),
+    "httpx2": "judge",
+}
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs `fastgrpo COMMAND ...`; a command's own modules are imported only when it runs."""
@@ -32,6 +39,13 @@ def main(arguments: list[str] | None = None) -> None:
         importlib.import_module(f"fastgrpo.cli.{command}").main(rest)
     except InputError as error:
         raise SystemExit(f"fastgrpo {command}: {error}") from error
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise SystemExit(
+            f"fastgrpo {command}: needs {package}: pip install 'fastgrpo[{EXTRAS[package]}]'"
+        ) from error
 
 
 def _usage() -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from html import escape
 from itertools import groupby
@@ -32,7 +33,13 @@ def write_report(run: Path | str, out: Path | str | None = None) -> Path:
     data = read_run(run)
     folder = Path(out) if out is not None else data.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    curves = draw_curves(data)
+    curves, histograms = {}, {}
+    if importlib.util.find_spec("matplotlib") is None:
+        data.missing.append(
+            "No curves: matplotlib is not installed (pip install 'fastgrpo[report]')."
+        )
+    else:
+        curves, histograms = draw_curves(data), draw_histograms(data)
     for name, png in curves.items():
         (folder / f"{name}.png").write_bytes(png)
     page = html.page(
@@ -41,7 +48,7 @@ def write_report(run: Path | str, out: Path | str | None = None) -> Path:
         html.tiles(_tiles(data)),
         html.notes("Not in this report:", data.missing),
         _curves(curves),
-        _histograms(draw_histograms(data)),
+        _histograms(histograms),
         _completions(data),
     )
     path = folder / "report.html"

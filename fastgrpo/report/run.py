@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ def read_run(folder: Path | str) -> Run:
             f"run: {folder} holds no trainer_state.json, in no checkpoint either, no {RUN_LOG} and "
             "no completions/*.parquet, so there is nothing to report"
         )
-    files, broken = _whole(files)
+    files, broken = _readable(files)
     history = _newest(_history(state), _lines(log))
     run = Run(folder, history, *_read_completions(files), _held_out(folder))
     run.missing = [*broken, *_missing(run, state)]
@@ -85,13 +86,15 @@ def _history(state: Path | None) -> list[dict[str, float]]:
     return [entry for entry in _json(state)["log_history"] if "reward" in entry]
 
 
-def _whole(files: list[Path]) -> tuple[list[Path], list[str]]:
+def _readable(files: list[Path]) -> tuple[list[Path], list[str]]:
     """The files up to the last one that is whole; a sentence for each that is not.
 
     The last file of a run that goes on may be under the pen.
     """
     if not files:
         return [], []
+    if importlib.util.find_spec("pyarrow") is None:
+        return [], ["No table: pyarrow is not installed (pip install 'fastgrpo[report]')."]
     import pyarrow.parquet
 
     said = []

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.train(resume_from_checkpoint=_checkpoint(config, trainer))
     trainer.save_model(config.output_dir)
     trainer.save_state()
-    for line in next_lines(config, arguments):
+    for line in next_lines(config.output_dir, arguments):
         trainer.accelerator.print(line)
     if config.push_to_hub:
         trainer.push_to_hub()
@@ -46,22 +47,13 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.end()
 
 
-def next_lines(config: FastGRPOConfig, arguments: list[str]) -> list[str]:
+def next_lines(output_dir: str, arguments: list[str]) -> list[str]:
     """Where the model is, and the commands that come next, ready to be pasted."""
-    given = [text.removeprefix("--config=") for text in arguments if text.startswith("--config=")]
-    if "--config" in arguments:
-        given = arguments[arguments.index("--config") + 1 :][:1]
-    if given:
-        rows = f"--config {given[0]}"
-    elif config.data_file_paths:
-        rows = f"--data_file_paths {config.eval_data_file_paths or config.data_file_paths}"
-    else:
-        rows = f"--dataset_name {config.dataset_name}"
-    output = Path(config.output_dir)
+    output = shlex.quote(output_dir)
     return [
-        f"model: {output.resolve()}",
+        f"model: {Path(output_dir).resolve()}",
         f"curves and completions: fastgrpo report {output}",
-        f"figures: fastgrpo eval {output} {rows}",
+        f"figures: fastgrpo eval {output} {shlex.join(arguments)}",
     ]
 
 

@@ -145,7 +145,8 @@ def server(asked, status=200):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(body)
             text = body["messages"][-1]["content"][-1]["text"]
-            reply = {"choices": [{"message": {"content": f"<answer>[1, 2, 9, 9] {text}</answer>"}}]}
+            said = f'<answer>{{"bbox_2d": [1, 2, 9, 9]}} {text}</answer>'
+            reply = {"choices": [{"message": {"content": said}}]}
             data = json.dumps(reply).encode()
             self.send_response(500 if status == 500 and "find 3" in text else 200)
             self.send_header("Content-Length", str(len(data)))
@@ -181,6 +182,26 @@ def test_a_server_answers_with_every_sampling_field_set(job, tmp_path):
     image, text = body["messages"][0]["content"]
     assert text == {"type": "text", "text": "find 0"} and len(asked) == NUM_ROWS
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def test_a_file_of_vlm_r1s_evaluation_counts_as_its_script_does(job, tmp_path):
+    """Intersections end at x2 - 1 and count with + 1: 8 x 7, 8 x 2 and 8 x 4 pixels of the answer's
+    8 x 7.
+    """
+    pytest.importorskip("httpx2")
+    solutions = [[1, 2, 9, 9], [1, 2, 9, 4], [1, 2, 9, 6]]
+    rows = [
+        {"image": f"{i}.png", "problem": f"find {i}", "solution": box, "normal_caption": "x"}
+        for i, box in enumerate(solutions)
+    ]
+    (tmp_path / "val.json").write_text(json.dumps(rows))
+    options = f"--data_file_paths {tmp_path}/val.json --image_folders {job} --task"
+    with server([]) as url:
+        asked = ("--server", url, "--answer_frame", "image")
+        (one,) = evaluate(job, tmp_path, *options.split(), "vlm_r1/test_rec_r1", *asked)
+    assert one["figures"]["accuracy"] == 2 / 3  # 56 / 56, 16 / 56, 32 / 56
+    (one,) = evaluate(job, tmp_path, *options.split(), "rec", *asked)  # the answers are there
+    assert one["figures"]["mean_iou"] == pytest.approx((1 + 16 / 56 + 32 / 56) / 3)
 
 
 def test_rows_a_server_left_out_are_asked_again(job, tmp_path, monkeypatch):

@@ -106,7 +106,7 @@ def pack(
     for group in groups:
         check_prompt(adapter, group)
     parts = regroup(groups, skip)
-    images = Images(adapter.family, (part.group for part in parts))
+    images = Images(adapter.family, (part.group for part in parts), groups)
     return [
         PackedRow(adapter, row, groups, backend, images=images, neutral_id=neutral)
         for row in plan_rows(parts, max_tokens)

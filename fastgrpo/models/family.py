@@ -111,6 +111,14 @@ class Family:
         is the number of tokens before the completion, None for all."""
         return {key: vision[key] for key in self.media_inputs if key in vision}
 
+    serves_images_in_completions = False
+
+    def completion_positions(
+        self, core: nn.Module, prompt_ids: Tensor, vision: Vision, completion: Tensor, own: Vision
+    ) -> Tensor:
+        """(A, C) positions of a completion that has images of its own behind its prompt."""
+        raise NotImplementedError
+
     # -- the mask
 
     def two_way(self, config) -> bool:

@@ -46,6 +46,14 @@ class QwenVL(Family):
         )
         return positions[:, 0]
 
+    serves_images_in_completions = True
+
+    def completion_positions(self, core, prompt_ids, vision, completion, own) -> Tensor:
+        names = {*vision, *own}
+        whole = {n: torch.cat([v[n] for v in (vision, own) if n in v]) for n in names}
+        ids = torch.cat([prompt_ids, completion])
+        return self.positions(core, ids, whole)[:, prompt_ids.numel() : -1]
+
     def stock_inputs(self, config, ids, vision, prompt=None) -> dict[str, Tensor]:
         return super().stock_inputs(config, ids, vision, prompt) | {
             "mm_token_type_ids": self._kinds(config, ids)

@@ -27,7 +27,9 @@ class Group:
     `ref_logp`, `rollout_logp` lists of (C_i,) floats; `mask` a list of (C_i,), nonzero where the
     token counts in the loss; `token_weights` a list of (C_i,) floats that multiply the policy term
     (VPPO's token mask); `streams` further log-probs by name, each a list of (C_i,) floats, for
-    `GRPOStep`'s `kl_streams`. `sample_id` is only used in error messages.
+    `GRPOStep`'s `kl_streams`; `completion_vision` the processor's outputs for the images inside
+    each completion (a tool returned them), {} where there is none: their placeholders have no loss.
+    `sample_id` is only used in error messages.
 
     Raises `InputError` naming the sample, the argument, what was expected and what came.
     """
@@ -43,6 +45,7 @@ class Group:
     sample_id: object = None
     token_weights: list[Tensor] | None = None
     streams: dict[str, list[Tensor]] = field(default_factory=dict)
+    completion_vision: list[dict[str, Tensor]] | None = None
 
     def __post_init__(self):
         self.completions = list(self.completions)
@@ -51,12 +54,15 @@ class Group:
             raise InputError(f"{self.name}: prompt_ids is empty; a prompt needs at least one token")
         for i, completion in enumerate(self.completions):
             _check_ids(self, f"completions[{i}]", completion)
-        for key, value in self.vision.items():
-            if not isinstance(value, Tensor):
+        _check_vision(self, "vision", self.vision)
+        if self.completion_vision is not None:
+            if len(self.completion_vision) != len(self.completions):
                 raise InputError(
-                    f"{self.name}: vision[{key!r}] must be a tensor (the processor's output), "
-                    f"got {type(value).__name__}"
+                    f"{self.name}: completion_vision has {len(self.completion_vision)} entries for "
+                    f"{len(self.completions)} completions"
                 )
+            for i, vision in enumerate(self.completion_vision):
+                _check_vision(self, f"completion_vision[{i}]", vision)
         for key in _PER_TOKEN:
             if getattr(self, key) is not None:
                 setattr(self, key, _check_per_token(self, key, getattr(self, key)))
@@ -68,6 +74,10 @@ class Group:
     @property
     def name(self) -> str:
         return "group" if self.sample_id is None else f"sample {self.sample_id!r}"
+
+    def vision_of(self, completion: int) -> dict[str, Tensor]:
+        """The images inside a completion."""
+        return self.completion_vision[completion] if self.completion_vision else {}
 
     @property
     def lengths(self) -> list[int]:
@@ -141,12 +151,27 @@ def _host_fields(group: Group, function: Callable[[Tensor], Tensor]) -> dict[str
         name: each(getattr(group, name))
         for name in ("prompt_ids", "completions", "mask", "advantages")
     }
-    pictures = group.vision.items()
-    return fields | {
-        "vision": {
-            k: x if x.is_floating_point() and x.ndim > 1 else function(x) for k, x in pictures
+
+    def sizes(vision: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            key: x if x.is_floating_point() and x.ndim > 1 else function(x)
+            for key, x in vision.items()
         }
+
+    inside = group.completion_vision
+    return fields | {
+        "vision": sizes(group.vision),
+        "completion_vision": inside and [sizes(vision) for vision in inside],
     }
+
+
+def _check_vision(group: Group, what: str, vision: dict) -> None:
+    for key, value in vision.items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{group.name}: {what}[{key!r}] must be a tensor (the processor's output), "
+                f"got {type(value).__name__}"
+            )
 
 
 def _check_ids(group: Group, what: str, ids: object):

@@ -65,8 +65,7 @@ class PackedRow:
                 fed, target = fed_and_target(adapter, groups[g], c, neutral_id)
                 ids.append(fed)
                 targets.append(target)
-                after = torch.arange(following, following + fed.numel())
-                positions.append(after.expand(where.shape[0], -1))
+                positions.append(_positions_after(adapter, part.group, groups[g], c, following))
         target = torch.cat([*targets, torch.zeros(0, dtype=torch.int64)])
         self.num_targets = int((target != IGNORE).sum())
         sent = (torch.cat(ids)[None], torch.cat(positions, 1), target)
@@ -84,14 +83,30 @@ class PackedRow:
             "use_cache": False,
         }
         if images is None:
-            images = Images(adapter.family, [part.group for part in parts])
+            images = Images(adapter.family, [part.group for part in parts], groups)
         self.images = images
-        self.image_ids = [i for part in parts for i in self.images.ids_of(part.group)]
+        self.image_ids = [
+            i
+            for part in parts
+            for vision in (part.group.vision, *(groups[g].vision_of(c) for g, c in part.members))
+            for i in images.ids_of(vision)
+        ]
 
     @property
     def mask(self) -> Tensor:
         """(N,) bool: the tokens with a loss."""
         return self.targets != IGNORE
+
+
+def _positions_after(adapter, prompt: Group, group: Group, c: int, following: int) -> Tensor:
+    """(A, C) positions of completion c of `group` behind the prompt, which text follows at
+    `following`."""
+    ids, own = group.completions[c], group.vision_of(c)
+    if own:
+        given = (prompt.prompt_ids, prompt.vision, ids, own)
+        return adapter.family.completion_positions(adapter.core, *given)
+    after = torch.arange(following, following + ids.numel())
+    return after.expand(adapter.family.axes, -1)
 
 
 def _blocks(adapter, parts: Sequence[Part]) -> list[tuple[int, int]]:
@@ -111,12 +126,20 @@ def check_prompt(adapter, group: Group) -> None:
     for name, ids in zip(names, [group.prompt_ids, *group.completions], strict=True):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise InputError(f"{group.name}: {name} has an id outside [0, {vocabulary})")
-    _check_images(adapter, group)
+    _check_images(adapter, group, group.prompt_ids, group.vision)
+    for c, vision in enumerate(group.completion_vision or ()):
+        if vision and not adapter.family.serves_images_in_completions:
+            raise InputError(
+                f"{group.name}: completion_vision[{c}]: images inside a completion are not served "
+                f"for family {adapter.family.name!r}"
+            )
+        if vision:
+            _check_images(adapter, group, group.completions[c], vision, f"completions[{c}]")
 
 
-def _check_images(adapter, group: Group) -> None:
+def _check_images(adapter, group: Group, ids: Tensor, vision, what: str = "prompt_ids") -> None:
     family = adapter.family
-    given = [key for key in group.vision if key not in TEXT_OUTPUTS]
+    given = [key for key in vision if key not in TEXT_OUTPUTS]
     if not family.vision_inputs:
         if given:
             raise InputError(f"{group.name}: images given to text model {family.name!r}")
@@ -129,39 +152,39 @@ def _check_images(adapter, group: Group) -> None:
     image, *others = adapter.placeholders
     if family.video_inputs:
         video, *others = others
-        _check_kind(adapter, group, "video", family.video_inputs, video)
-    if bool(torch.isin(group.prompt_ids, torch.tensor(others)).any()):
-        raise InputError(f"{group.name}: prompt_ids has video placeholders; videos are not served")
-    _check_kind(adapter, group, "image", family.vision_inputs, image)
+        _check_kind(adapter, group, ids, vision, what, "video", family.video_inputs, video)
+    if bool(torch.isin(ids, torch.tensor(others)).any()):
+        raise InputError(f"{group.name}: {what} has video placeholders; videos are not served")
+    _check_kind(adapter, group, ids, vision, what, "image", family.vision_inputs, image)
 
 
-def _check_kind(adapter, group: Group, kind: str, inputs: Sequence[str], token: int) -> None:
-    """`InputError` when the prompt's placeholders of images or of videos are not their features."""
-    family, runs = adapter.family, _runs(group.prompt_ids == token)
-    if not any(key in group.vision for key in inputs):
+def _check_kind(adapter, group, ids, vision, what, kind, inputs: Sequence[str], token: int) -> None:
+    """`InputError` when the placeholders of images or of videos are not their features."""
+    family, runs = adapter.family, _runs(ids == token)
+    if not any(key in vision for key in inputs):
         if runs:
             raise InputError(
-                f"{group.name}: prompt_ids has {sum(runs)} {kind} tokens, vision has no {kind}s"
+                f"{group.name}: {what} has {sum(runs)} {kind} tokens, vision has no {kind}s"
             )
         return
     for key in inputs:
-        if key not in group.vision:
+        if key not in vision:
             raise InputError(f"{group.name}: vision lacks {key!r}")
     try:
-        family.check_vision(group.vision)
+        family.check_vision(vision)
     except InputError as error:
         raise InputError(f"{group.name}: {error}") from None
     if kind == "image":
-        images = family.split_images(group.vision)
+        images = family.split_images(vision)
         features = [family.image_tokens(part, adapter.config) for part in images]
         fits = family.fits(runs, features)
     else:
-        videos = family.split_videos(group.vision)
+        videos = family.split_videos(vision)
         features = [run for part in videos for run in family.video_runs(part, adapter.config)]
         fits = runs == features
     if not fits:
         raise InputError(
-            f"{group.name}: {kind} tokens and {kind} features do not match: prompt_ids has "
+            f"{group.name}: {kind} tokens and {kind} features do not match: {what} has "
             f"{sum(runs)} tokens in runs {runs}, vision has {sum(features)} features {features}"
         )
 
@@ -185,6 +208,8 @@ def fed_and_target(adapter, group: Group, c: int, neutral_id: int | None) -> tup
     bad = torch.isin(ids, torch.tensor(adapter.placeholders))
     if not bool(bad.any()):
         return ids, target
+    if group.vision_of(c):  # the images' own, checked with them
+        return ids, target.masked_fill(bad, IGNORE)
     if neutral_id is None:
         where = int(bad.nonzero()[0, 0])
         raise InputError(

@@ -17,16 +17,19 @@ from fastgrpo.packing.host import first_equal
 
 
 class Images:
-    """The distinct images and videos of some prompts: equal in every input of the tower, checked
-    exactly.
+    """The distinct images and videos of some prompts, and of completions: equal in every input of
+    the tower, checked exactly.
 
-    `ids_of(group)` lists a prompt's in order, images first; `distinct[i]` are the inputs of one.
+    `ids_of(vision)` lists a prompt's or a completion's in order, images first; `distinct[i]` are
+    the inputs of one.
     """
 
-    def __init__(self, family: Family, groups: Iterable[Group]):
+    def __init__(self, family: Family, prompts: Iterable[Group], groups: Iterable[Group] = ()):
+        """Those of the prompts of `prompts` and of the completions of `groups`."""
         self.family = family
-        shown = {id(group): group for group in groups}
-        split = {key: family.split_media(group.vision) for key, group in shown.items()}
+        inside = (vision for group in groups for vision in group.completion_vision or ())
+        shown = {id(vision): vision for vision in (*(g.vision for g in prompts), *inside)}
+        split = {key: family.split_media(vision) for key, vision in shown.items()}
         images = [image for part in split.values() for image in part]
         first = first_equal(images)
         number = {i: n for n, i in enumerate(dict.fromkeys(first))}
@@ -34,8 +37,8 @@ class Images:
         ids = iter(number[i] for i in first)
         self._of = {key: [next(ids) for _ in part] for key, part in split.items()}
 
-    def ids_of(self, group: Group) -> list[int]:
-        return self._of.get(id(group), [])
+    def ids_of(self, vision: Vision) -> list[int]:
+        return self._of.get(id(vision), [])
 
     def by_kind(self, ids: Sequence[int]) -> dict[str, list[int]]:
         """The ids of images and of videos, in order, under the kinds that there are."""

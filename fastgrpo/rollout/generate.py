@@ -182,6 +182,7 @@ def _filled(groups, num_generations: int, tokens: Tensor, logps: Tensor, lengths
                 old_logp=None,
                 ref_logp=None,
                 mask=None,
+                completion_vision=None,
             )
         )
     return filled

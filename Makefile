@@ -8,7 +8,7 @@ CONSTRAINTS := requirements/constraints.txt
 OLDEST := 5.17.0
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo test test-matrix test-slow test-gpu gpu sanitize bench families recipes lint clean
+.PHONY: env demo test test-matrix test-slow test-gpu gpu sanitize bench families recipes guide docs lint clean
 
 env: $(VENV)/.ready
 
@@ -84,9 +84,20 @@ families: env .venv-$(OLDEST)/.ready
 recipes: env
 	$(BIN)/python -m fastgrpo.recipes > docs/recipes.md
 
+# The pages of the guide that are made from the source.
+guide: recipes
+	$(BIN)/python -m fastgrpo.cli.reference > docs/settings.md
+	$(BIN)/python docs/messages.py > docs/troubleshooting.md
+
+# The guide as a site in site/: nothing is fetched while it is built or read.
+docs: env
+	$(PIP) -c $(CONSTRAINTS) -e ".[docs]" --no-build-isolation
+	$(BIN)/mkdocs build --strict
+
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) .venv-* build *.egg-info runs

@@ -4,6 +4,8 @@
 Importing starts nothing: no CUDA context, no patching, no environment edits.
 """
 
+from fastgrpo_kernels import __version__
+
 from fastgrpo.engine import GRPOStep, score
 from fastgrpo.errors import InputError
 from fastgrpo.objective import KLStream, KLTerm, Objective
@@ -18,8 +20,6 @@ from fastgrpo.ops.match_boxes import match_boxes
 from fastgrpo.ops.token_kl import token_kl
 from fastgrpo.packing import Group
 from fastgrpo.rollout import generate
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str):

@@ -19,7 +19,7 @@ def newest_complete(output_dir: Path) -> tuple[Path | None, list[tuple[Path, str
         for path in (output_dir.iterdir() if output_dir.is_dir() else ())
         if (match := re.fullmatch(r"checkpoint-([0-9]+)", path.name)) and path.is_dir()
     ]
-    skipped = []
+    skipped: list[tuple[Path, str]] = []
     for step, path in sorted(found, reverse=True):
         fault = fault_of(path, step)
         if fault is None:

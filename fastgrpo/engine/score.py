@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.engine.balance import RouterBalance
 from fastgrpo.engine.forward import extra_forwards, feature_store, forward_row
@@ -31,7 +31,7 @@ class GroupScores:
 
 
 def score(
-    model,
+    model: nn.Module,
     groups: Sequence[Group],
     *,
     temperature: float = 1.0,
@@ -72,12 +72,15 @@ def score(
     results = [
         GroupScores([empty] * len(g.completions), [empty] * len(g.completions)) for g in groups
     ]
-    options = {"entropy_grad": entropy_grad, "workspace_mb": workspace_mb}
     extra = extra_forwards(adapter, rows)  # a collective: before the forwards, which are too
     store = feature_store(rows, detach=False)
     for row in rows:
         with balance.watching(row) if balance else contextlib.nullcontext():
-            columns = score_row(adapter, row, temperature, outputs, store, **options)
+            columns = score_row(
+                *(adapter, row, temperature, outputs, store),
+                entropy_grad=entropy_grad,
+                workspace_mb=workspace_mb,
+            )
         for column, field in zip(columns, ("logp", "entropy"), strict=False):
             for (g, c), value in zip(row.members, column.split(row.lengths), strict=True):
                 getattr(results[g], field)[c] = value
@@ -98,7 +101,7 @@ def pack(
     *,
     max_tokens: int | None,
     placeholders: str,
-    skip: set[tuple[int, int]] = frozenset(),
+    skip: Set[tuple[int, int]] = frozenset(),
 ) -> list[PackedRow]:
     """The rows of a pass over `hosted` groups: prompts merged, images made distinct, completions in
     `skip` left out."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.engine.forward import extra_forwards, feature_store
 from fastgrpo.engine.loss import OPTIONAL, Member, RowLoss, loss_dtype, without_tokens
@@ -48,10 +48,10 @@ class GRPOStep:
 
     def __init__(
         self,
-        model,
+        model: nn.Module,
         obj: Objective,
         *,
-        ref_model=None,
+        ref_model: nn.Module | None = None,
         max_tokens: int | None = None,
         backend: str | None = None,
         skip_zero_gradient: bool = True,
@@ -61,7 +61,7 @@ class GRPOStep:
         kl_streams: Mapping[str, KLStream] | None = None,
         sampled_entropy_coef: float = 0.0,
         workspace_mb: float | None = None,
-    ):
+    ) -> None:
         if not isinstance(obj, Objective):
             raise InputError(f"obj must be an Objective, got {type(obj).__name__}")
         self.adapter, self.obj = Adapter(model), obj

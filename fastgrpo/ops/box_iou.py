@@ -84,10 +84,10 @@ def pairwise_box_iou(
 
         values = kernel(a, b, a_sizes, b_sizes, kind=kind, convention=convention)
     else:
-        from fastgrpo_kernels._cpp import pairwise_box_iou as kernel
+        from fastgrpo_kernels._cpp import pairwise_box_iou as cpp
 
         a_start, b_start = starts(a_sizes, a.device), starts(b_sizes, a.device)
-        values = kernel(a, b, a_start, b_start, offsets, sum(pairs), kind, convention)
+        values = cpp(a, b, a_start, b_start, offsets, sum(pairs), kind, convention)
     return values, offsets
 
 

@@ -139,8 +139,13 @@ class LossCall(NamedTuple):
     def names(self) -> list[str]:
         """The metric names of the call."""
         t = self.tokens
-        present = (x is not None for x in (t.ref_logp, t.rollout_logp, t.entropy))
-        return metric_names(self.obj, *present, len(self.kl_terms))
+        return metric_names(
+            self.obj,
+            has_ref=t.ref_logp is not None,
+            has_rollout=t.rollout_logp is not None,
+            has_entropy=t.entropy is not None,
+            num_kl_terms=len(self.kl_terms),
+        )
 
     def loss_and_stats(
         self, impl: str, names: list[str] | None = None

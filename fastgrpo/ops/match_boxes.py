@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from fastgrpo.checks import check_choice, check_tensor
-from fastgrpo.errors import InputError
+from fastgrpo.errors import InputError, require
 from fastgrpo.ops._boxes import as_sizes, check_same_samples, pair_counts, starts
 from fastgrpo.ops.select import select, why_not
 from fastgrpo.reference import match_boxes as reference
@@ -53,6 +53,8 @@ def match_boxes(
         scores = scores.double()
     impl = _choose(scores.device, method, [*a_sizes, *b_sizes], impl)
     if impl == "reference":
+        if method == "optimal":
+            require("match_boxes(impl='reference')", "rewards", "scipy")
         return reference.match_boxes(
             scores, a_sizes, b_sizes, method=method, threshold=threshold, mask=mask
         )

@@ -11,7 +11,7 @@ import torch
 from fastgrpo.errors import InputError
 
 # Fastest first. "reference" is the definition and serves every device.
-ORDER = {
+ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_logprob": {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
     "linear_grpo_loss": {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
     "linear_kl": {"cuda": ("triton", "torch"), "cpu": ("torch",)},

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from fastgrpo.errors import InputError
@@ -28,7 +28,7 @@ class Part:
         return self.group.prompt_ids.numel() + sum(self.lengths)
 
 
-def regroup(groups: Sequence[Group], skip: set[tuple[int, int]] = frozenset()) -> list[Part]:
+def regroup(groups: Sequence[Group], skip: Set[tuple[int, int]] = frozenset()) -> list[Part]:
     """One Part per distinct prompt (same ids and same images), completions in the caller's order.
 
     Equality of every tensor decides. Completions in `skip` and those without a token are left out.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from fastgrpo.rollout.state import DecodeState, Prefill
 
 @torch.no_grad()
 def generate(
-    model,
+    model: nn.Module,
     groups: Sequence[Group],
     num_generations: int,
     *,
@@ -41,7 +42,7 @@ def generate(
     repetition_penalty: float = 1.0,
     min_new_tokens: int = 0,
     stop_strings: str | Sequence[str] | None = None,
-    tokenizer=None,
+    tokenizer: Any = None,
 ) -> list[Group]:
     """Sample `num_generations` completions of every group's prompt with the model as it is now.
 

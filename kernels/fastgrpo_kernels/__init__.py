@@ -4,6 +4,8 @@
 import json
 from pathlib import Path
 
+__version__ = "0.1.0"  # of both packages; pyproject.toml reads it here
+
 
 def build_info() -> dict[str, dict]:
     """Per part, "cpp" and "cuda": {"built": bool, "reason": why not, or None}."""

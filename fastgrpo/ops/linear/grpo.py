@@ -46,7 +46,7 @@ def linear_grpo_loss(
     workspace_mb: float | None = None,
     dweight_into: torch.Tensor | None = None,
     dweight_scale: float = 1.0,
-    process_group: object | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> GRPOLoss:
     """`grpo_loss` of the log-probs of softmax(hidden @ weight.T), the logits never stored.
 
@@ -229,7 +229,7 @@ def _check_extras(
     kl_terms: Sequence[KLTerm],
     weight: torch.Tensor,
     dweight_into: torch.Tensor | None,
-    process_group: object | None,
+    process_group: "torch.distributed.ProcessGroup | None",
     impl: str,
 ) -> None:
     for i, term in enumerate(kl_terms):

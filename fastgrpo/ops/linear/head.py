@@ -296,7 +296,7 @@ class Gradients:
         self,
         head: Head,
         hidden: torch.Tensor,
-        need: tuple[bool, bool, bool],
+        need: tuple[bool, ...],
         into: torch.Tensor | None = None,
         into_scale: float = 1.0,
         at_once: bool = False,

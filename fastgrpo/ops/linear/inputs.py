@@ -17,7 +17,7 @@ def check_head(
     softcap: float | None,
     logit_scale: float,
     validate: bool | None,
-    process_group: object | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> torch.Tensor:
     """Check the arguments of a projection; returns the weight as an ordinary (V, D) tensor."""
     weight = whole_weight(weight)

@@ -51,7 +51,7 @@ def linear_logprob(
     validate: bool | None = None,
     entropy_grad: bool = True,
     workspace_mb: float | None = None,
-    process_group: object | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> LinearLogprob:
     """Log-probabilities of `targets` under softmax(hidden @ weight.T), the logits never stored.
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guide is true: its blocks run, its pages of the source are up to date, its links lead somewhere."""
+"""The guide is true: its blocks run, its pages equal the source, its links lead somewhere."""
 
 import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -136,3 +137,20 @@ def test_the_api_pages_name_what_can_be_imported():
             module = importlib.import_module(owner)
             found = getattr(module, attribute, None) or importlib.import_module(name)
             assert found.__doc__, f"{page.name}: {name} has no docstring"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    fetched = re.compile(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"?(?:https?:)?//[^>]*>")
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > len(PAGES)  # and the page of what is not found
+    for page in pages:
+        assert not fetched.search(page.read_text("utf-8")), page
+    for style in tmp_path.rglob("*.css"):
+        assert not re.search(r"(?:url\(|@import)\s*['\"]?https?:", style.read_text("utf-8")), style

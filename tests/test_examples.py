@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every example runs, at tiny size."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("trl")
+
+from fastgrpo.cli.train import parse, reward_settings  # noqa: E402
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+CONFIGS = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
+SERVED = {"vllm_server"}  # need what is not here
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in SERVED])
+def test_an_example_trains_a_step(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTGRPO_JUDGE_URL", "")
+    load("tiny").run(name, tmp_path)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    (step,) = [entry for entry in state["log_history"] if "loss" in entry]
+    assert all(math.isfinite(value) for value in step.values())
+    if name == "judge":
+        assert step["rewards/agrees/mean"] == 0.5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_examples_settings_are_known_and_its_rewards_exist(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    config, model_config = parse(["--config", str(EXAMPLES / f"{name}.yaml")])
+    assert model_config.model_name_or_path.startswith("Qwen/")
+    assert reward_settings(config)["reward_funcs"]
+    written = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
+    assert written["output_dir"] == config.output_dir
+
+
+def test_the_loop_by_hand_steps_and_repeats():
+    loop = load("grpo_step")
+    options = "--tiny --steps 2 --prompts 2 --generations 3 --max_new_tokens 6".split()
+    first, again = loop.main(options), loop.main(options)
+    assert len(first) == 2 and first == again
+    assert all(math.isfinite(value) for step in first for value in step.values())
+
+
+def test_the_list_of_examples_names_each_file():
+    text = (EXAMPLES / "README.md").read_text()
+    files = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".yaml", ".py", ".sh")}
+    assert {name for name in files if f"({name})" in text} == files - {"tiny.py"}

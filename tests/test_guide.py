@@ -72,8 +72,8 @@ def test_every_refusal_has_a_topic_and_stands_on_the_page():
     missing = [text for _, texts in topics for text in texts if text not in shown]
     assert not missing, f"run `make guide`: {missing}"
     assert sum(len(texts) for _, texts in topics) > 300
-    for topic, texts in topics:
-        assert topic["remedy"].strip() and texts, topic["title"]
+    for topic, _ in topics:
+        assert topic["remedy"].strip(), topic["title"]
 
 
 def test_messages_are_found_in_every_form_they_are_raised_in(tmp_path, monkeypatch):

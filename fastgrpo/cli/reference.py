@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
 from dataclasses import MISSING, Field, fields
 
 from trl import GRPOConfig, ModelConfig
@@ -31,28 +31,26 @@ SECTIONS = (
     ("`advantages` of a recipe, `rule=` of the trainer", AdvantageRule),
     ("Each of its `filters`", GroupFilter),
     ("`perception` of a recipe, `perception=` of the trainer", PerceptionRule),
+    ("TRL's `GRPOConfig`", GRPOConfig),
+    ("TRL's `ModelConfig`", ModelConfig),
 )
 
 
 def page() -> str:
     """The Markdown page."""
-    inherited = {field.name for field in fields(GRPOConfig)}
-    own = [field for field in fields(FastGRPOConfig) if field.name not in inherited]
-    parts = [INTRO, "## Of `fastgrpo train`\n", table(own, with_help=True)]
+    parts = [INTRO, "## Of `fastgrpo train`\n", table(FastGRPOConfig, with_help=True)]
     for title, cls in SECTIONS:
-        parts += [f"## {title}\n", table(fields(cls), with_help=False)]
-    for cls in (GRPOConfig, ModelConfig):
-        written = [field for field in fields(cls) if field.name in vars(cls)["__annotations__"]]
-        parts += [f"## TRL's `{cls.__name__}`\n", table(written, with_help=False)]
+        parts += [f"## {title}\n", table(cls, with_help=False)]
     return "\n".join(parts)
 
 
-def table(rows: Iterable[Field], *, with_help: bool) -> str:
-    """One line per field: name, type, default, and its help."""
+def table(cls: type, *, with_help: bool) -> str:
+    """One line per field the class itself defines: name, type, default, and its help."""
+    types = inspect.get_annotations(cls)  # a parser of command lines changes those of the fields
     columns = ["setting", "type", "default"] + ["what it does"] * with_help
     lines = [columns, ["---"] * len(columns)]
-    for field in rows:
-        cells = [f"`{field.name}`", f"`{_type(field)}`", f"`{_default(field)}`"]
+    for field in (field for field in fields(cls) if field.name in types):
+        cells = [f"`{field.name}`", f"`{_type(types[field.name])}`", f"`{_default(field)}`"]
         lines.append(cells + [field.metadata.get("help", "")] * with_help)
     return "".join(f"| {' | '.join(_cell(c) for c in cells)} |\n" for cells in lines)
 
@@ -61,8 +59,8 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _type(field: Field) -> str:
-    return field.type.__name__ if isinstance(field.type, type) else str(field.type)
+def _type(annotation: object) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def _default(field: Field) -> str:

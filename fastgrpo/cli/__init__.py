@@ -18,6 +18,14 @@ COMMANDS = {
     "report": "write the report of a training run",
 }
 
+# Package -> the extra of ours that installs it.
+EXTRAS = {
+    **dict.fromkeys(("PIL", "json_repair", "math_verify", "orjson", "rapidfuzz", "re2"), "rewards"),
+    **dict.fromkeys(("trl", "datasets", "peft", "accelerate"), "trl"),
+    **dict.fromkeys(("matplotlib", "pyarrow"), "report"),
+    "httpx2": "judge",
+}
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs `fastgrpo COMMAND ...`; a command's own modules are imported only when it runs."""

@@ -29,6 +29,7 @@ ROWS = {
     "rec_lora": (1, "[1, 2, 9, 9]"),
     "qwen3_5": (1, "[1, 2, 9, 9]"),
     "vllm_server": (1, "[1, 2, 9, 9]"),
+    "fsdp2": (1, "[1, 2, 9, 9]"),
     "detection": (1, BOXES),
     "several_images": (2, "A"),
     "judge": (1, "a cat"),

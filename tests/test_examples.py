@@ -12,10 +12,18 @@ import yaml
 pytest.importorskip("trl")
 
 from fastgrpo.cli.train import parse, reward_settings  # noqa: E402
+from fastgrpo.testing.launch import Launcher  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CONFIGS = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
-SERVED = {"vllm_server"}  # need what is not here
+APART = ("fsdp2", "vllm_server")  # run in processes of their own
+
+
+def logged_step(folder: Path) -> dict:
+    state = json.loads((folder / "run" / "trainer_state.json").read_text())
+    (step,) = [entry for entry in state["log_history"] if "loss" in entry]
+    assert all(math.isfinite(value) for value in step.values())
+    return step
 
 
 def load(name: str):
@@ -25,15 +33,25 @@ def load(name: str):
     return module
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in SERVED])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in APART])
 def test_an_example_trains_a_step(name, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTGRPO_JUDGE_URL", "")
     load("tiny").run(name, tmp_path)
-    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
-    (step,) = [entry for entry in state["log_history"] if "loss" in entry]
-    assert all(math.isfinite(value) for value in step.values())
+    step = logged_step(tmp_path)
     if name == "judge":
         assert step["rewards/agrees/mean"] == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", APART)
+def test_an_example_of_several_processes_trains_a_step(name, tmp_path):
+    arguments = ["--config", EXAMPLES / f"{name}.yaml", *load("tiny").overrides(name, tmp_path)]
+    with Launcher(Path(__file__).parent / "distributed" / "example_job.py") as launch:
+        if name == "fsdp2":
+            launch("fsdp2", "train", *arguments)
+        else:
+            launch("one", "train_with_server", tmp_path / "model", *arguments)
+    assert logged_step(tmp_path)["step"] == 1
 
 
 @pytest.mark.parametrize("name", CONFIGS)

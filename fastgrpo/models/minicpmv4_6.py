@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import metadata
 
 import torch
+from packaging.version import Version
 
 from fastgrpo.errors import InputError
 from fastgrpo.models.family import Family, Vision
@@ -77,4 +79,6 @@ class MiniCPMV46(GatedDeltaNet, Tiles):
         return super().tiny_tower(text) | {"image_size": 32}
 
 
-FAMILIES = (MiniCPMV46("minicpmv4_6"),)
+# Before 5.23 its tower merges the windows of images of one size alone.
+SERVED = Version(metadata.version("transformers")) >= Version("5.23")
+FAMILIES = (MiniCPMV46("minicpmv4_6"),) if SERVED else ()

@@ -39,6 +39,7 @@ REFUSED = {
     "kimi_linear": "its recurrence is another (Kimi delta attention), with latent attention",
     "lfm2": _CONVOLUTION,
     "lfm2_vl": _CONVOLUTION,
+    "minicpmv4_6": "before transformers 5.23 its tower takes images of one size alone",
     "minicpmv4_7": "its positions, unlike MiniCPM-V 4.6's, are not implemented",
     "qwen2_5_omni": _AUDIO,
     "qwen2_5_omni_thinker": _AUDIO,

@@ -2,110 +2,16 @@
 """Every reward that compares boxes or points, in every frame: the truth is paid the top."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
+from frame_rows import BOX, FAR, MOVED, SEEN, SIZE, STATED, TABLE, by_hand
 from PIL import Image
 
 from fastgrpo import InputError, rewards
 from fastgrpo.rewards.geometry.frames import FRAMES, RowFrames, convert, row_frames
 from fastgrpo.rewards.read.faults import BadColumn
-
-SIZE, SEEN = (320, 240), (448, 280)  # width and height; resized by 1.4 and by 7 / 6
-BOX, MOVED = [80, 60, 160, 180], [120, 60, 200, 180]  # moved by half its width: IoU 1 / 3
-FAR = [200, 30, 300, 90]
-STATED = ("image", "seen", "thousandths", "unit", "thousandths_yx")
-
-
-def by_hand(box, frame, size=SIZE, seen=SEEN):
-    """A box in pixels of the image as it reads in another frame."""
-    x1, y1, x2, y2 = box
-    width, height = size
-    across, down = {
-        "image": (1, 1),
-        "seen": (seen[0] / width, seen[1] / height),
-        "thousandths": (1000 / width, 1000 / height),
-        "thousandths_yx": (1000 / width, 1000 / height),
-        "unit": (1 / width, 1 / height),
-    }[frame]
-    scaled = [x1 * across, y1 * down, x2 * across, y2 * down]
-    return [scaled[i] for i in (1, 0, 3, 2)] if frame.endswith("_yx") else scaled
-
-
-def listed(boxes):
-    return json.dumps([{"bbox_2d": box, "label": f"c{i}"} for i, box in enumerate(boxes)])
-
-
-def answered(content):
-    return f"<think>\nt\n</think>\n<answer>\n{content}\n</answer>"
-
-
-def one_box(boxes):
-    return answered(json.dumps({"bbox_2d": boxes[0]}))
-
-
-def detections(boxes):
-    return answered(f"```json\n{listed(boxes)}\n```")
-
-
-def positions(boxes):
-    return answered(str([{"Position": box, "Confidence": 1.0} for box in boxes]))
-
-
-def looked(boxes):
-    return f"<look>{listed(boxes)}</look>{detections(boxes)}"
-
-
-def objects(boxes):
-    return [{"bbox_2d": b, "point_2d": [(b[0] + b[2]) / 2, (b[1] + b[3]) / 2]} for b in boxes]
-
-
-def thought_twice(boxes):
-    items = json.dumps([{**item, "affordance": ""} for item in objects(boxes)])
-    return f"<think>t</think><rethink>r</rethink><answer>{items}</answer>"
-
-
-def pairs(boxes):
-    return [[f"c{i}", box] for i, box in enumerate(boxes)]
-
-
-LOW = {"iou_threshold": 0.3}
-# name, settings, columns, what an answer and a solution look like, value of the two boxes with the
-# first one moved by half its width (its IoU and GIoU are 1 / 3).
-TABLE = [
-    ("vlm_r1/iou", {}, {}, one_box, lambda b: b[0], 1 / 3),
-    ("vlm_r1/iou_internvl", {}, {}, one_box, lambda b: json.dumps(b[0]), 1 / 3),
-    ("vlm_r1/iou_glm", {}, {}, one_box, lambda b: f"<answer>{b[0]}</answer>", 1 / 3),
-    ("vlm_r1/map", {}, {}, detections, detections, 1 / 2),
-    ("vlm_r1/map50", {}, {}, detections, detections, 1 / 2),
-    ("vlm_r1/od_ap", {}, {}, detections, detections, 1 / 2),
-    ("vlm_r1/od_ap50", {}, {}, detections, detections, 1 / 2),
-    ("vlm_r1/od_length", {}, {}, detections, detections, 1 / 2),
-    ("vlm_r1/odLength", {}, {}, detections, detections, 1 / 2),
-    ("vlm_r1/weighted_sum", LOW, {}, detections, detections, 0.7 * (1 / 3 + 1) / 2 + 0.3),
-    ("vlm_r1/accuracy", {}, {"accu_reward_method": "od_ap"}, detections, detections, 1 / 2),
-    ("vlm_r1/cosine_accuracy", {}, {"completion_ids": []}, detections, detections, 0.0),
-    ("visual_rft/iou", LOW, {}, positions, positions, (1 / 3 + 1) / 2),
-    ("visual_rft/confidence", {}, {}, positions, positions, 1 / 2),
-    ("visual_rft/giou", {}, {}, one_box, lambda b: f"<answer>{b[0]}</answer>", 4 / 3),
-    ("v_triune/detection", {"iou_threshold": 0.5}, {}, lambda b: answered(listed(b)),
-     lambda b: answered(listed(b)), 0.7 / 2 + 0.3 / 2),
-    ("v_triune/total", {"iou_threshold": 0.5}, {}, lambda b: answered(listed(b)),
-     lambda b: answered(listed(b)), (0.5 + 0.1) / 1.1),
-    ("vision_r1/precision", {}, {}, listed, pairs, (1 / 3 + 1) / 2),
-    ("vision_r1/recall", {}, {}, listed, pairs, 1 / 2),
-    ("perception_r1/grounding", {}, {}, one_box, lambda b: b[0], 1 / 9),
-    ("curr_reft/stage3", {}, {"task": "detection"}, one_box,
-     lambda b: f"<answer>{b[0]}</answer>", 0.0),
-    ("affordance_r1/accuracy", {}, {}, thought_twice, objects, 3 / 2),
-    ("affordance_r1/total", {}, {}, thought_twice, lambda b: json.dumps(objects(b)),
-     4 + 3 / 2 + 3),
-    ("dip_r1/precision_recall", {}, {}, detections, detections, 1 / 2),
-    ("dip_r1/look", {}, {}, looked, detections, 1 / 2),
-    ("grip/weighted_iou", {}, {}, detections, detections, (1 / 3 + 1) / 2),
-    ("vlaa_thinking/rule", {}, {"problem_type": "iou"}, one_box, lambda b: b[0], 1 / 3),
-]  # fmt: skip
+from fastgrpo.rewards.read.images import named_image
 
 
 def test_the_table_holds_every_reward_that_reads_frames():
@@ -255,6 +161,8 @@ def test_conversion_there_and_back_is_the_same_box(source, target):
     centre = np.array([box[:2], box[2:]])
     assert convert(centre, source, target, **sizes).reshape(-1) == pytest.approx(there)
     assert convert(np.empty((0, 4)), source, target, **sizes).shape == (0, 4)
+    polygon = convert([*box, *box[:2]], source, target, **sizes)
+    assert polygon == pytest.approx([*there, *there[:2]])
 
 
 def test_location_tokens_are_a_box_written_y_first():
@@ -271,3 +179,61 @@ def test_a_frame_is_needed_only_where_it_is_used():
     assert same.to_solution(BOX) == BOX
     with pytest.raises(BadColumn, match="size of the image"):
         same.answer_in("image", BOX)
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("the cat in the second image", 1), ("Image 2: [1, 2, 3, 4]", 1), ("in image #1", 0),
+        ("the last picture", 2), ("Figure 3 shows it", 2), ("第二张图", 1), ("图3中的猫", 2),
+        ("第1张图片", 0), ('{"image_index": 0, "bbox_2d": [1, 2, 3, 4]}', 0), ("<image_2>", 1),
+        ("the 2nd photo", 1), ("image two", 1), ("images 1 and 2: image 1, image 2", None),
+        ("image 4", None), ("image 0", None), ("the image", None), ("a photo of 2 cats", None),
+        ("the first cat in the third image", 2), ('{"bbox_2d": [2, 2, 3, 4]}', None), ("", None),
+        ("Image 2 is as image 2 was", 1),
+    ],
+)  # fmt: skip
+def test_an_image_is_named_in_words(text, index):
+    assert named_image(text, 3) == index
+
+
+NAMED = {"image_sizes": [[OTHER[0], SIZE]], "seen_sizes": [[OTHER[1], SEEN]]}
+
+
+@pytest.mark.parametrize("row", TABLE, ids=[row[0] for row in TABLE])
+def test_an_image_named_by_the_question_or_the_answer_gives_the_sizes(row):
+    name, settings, own, answer, solution, _ = row
+    function = rewards.get(name, **settings)
+    given = {"solution": [solution([BOX, FAR])], "model_frame": ["seen"], **NAMED}
+    given |= {key: [value] for key, value in own.items()}
+    text = answer([by_hand(BOX, "seen"), by_hand(FAR, "seen")])
+    top = {"vlm_r1/cosine_accuracy": 1.0}.get(name, function.range[1])
+    question = [{"role": "user", "content": "Where is it in the second image?"}]
+    assert function([question], [text], **given) == [pytest.approx(top)]
+    assert function(["Where is it in image 1?"], [text], **given) != [pytest.approx(top)]
+    assert function(["Where?"], [text], **given) == [None]
+    given["image_index"] = [1]  # the data's column is believed before words
+    assert function(["in the first image"], [text], **given) == [pytest.approx(top)]
+
+
+def test_an_answer_may_name_its_image():
+    function = rewards.get("vlm_r1/iou")
+    box = by_hand(BOX, "seen")
+    given = {"solution": [BOX], "model_frame": ["seen"], **NAMED}
+    for said in (f"Image 2: {box}", f'{{"image_index": 1, "bbox_2d": {box}}}', f"第二张图 {box}"):
+        assert function(["Where?"], [f"<answer>{said}</answer>"], **given) == [pytest.approx(1)]
+    assert function(["Where?"], [f"<answer>{box}</answer>"], **given) == [None]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=[row[0] for row in TABLE])
+def test_a_family_without_a_frame_is_not_scored_until_somebody_states_one(row):
+    name, settings, own, answer, solution, _ = row
+    given = {"solution": solution([BOX, FAR]), "model_frame": "unstated", **own}
+    given = {k: [v] for k, v in (given | SITUATIONS["one image"]).items()}
+    text = answer([BOX, FAR])
+    rewards.reset_stats()
+    assert rewards.get(name, **settings)(None, [text], **given) == [None]
+    assert "states none" in " ".join(rewards.stats()[name])
+    function = rewards.get(name, **settings, answer_frame="image")
+    top = {"vlm_r1/cosine_accuracy": 1.0}.get(name, function.range[1])
+    assert function(None, [text], **given) == [pytest.approx(top)]

@@ -8,7 +8,8 @@ from PIL import Image
 
 from fastgrpo import InputError, rewards
 from fastgrpo.integrations.trl import FastGRPOTrainer
-from fastgrpo.integrations.trl.frames import drawn_frames, frame_columns, model_frame
+from fastgrpo.integrations.trl.frames import drawn_frames
+from fastgrpo.models.frames import frame_columns, model_frame
 from fastgrpo.testing.models import tiny_model
 from fastgrpo.testing.processors import tiny_processor
 from fastgrpo.testing.trl import build_trainer, save_checkpoint, steps_of

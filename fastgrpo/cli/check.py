@@ -28,7 +28,7 @@ from fastgrpo.cli.processor import image_tokens, load_processor
 from fastgrpo.cli.settings import parse
 from fastgrpo.cli.train import reward_settings
 from fastgrpo.errors import InputError
-from fastgrpo.integrations.trl.frames import frame_columns, model_frame, seen_sizes
+from fastgrpo.models.frames import frame_columns, model_frame, seen_sizes
 from fastgrpo.models.registry import family_of
 from fastgrpo.rewards.core.check import check_truth, has_truth, parts_of
 

@@ -105,6 +105,7 @@ def reward_settings(config: FastGRPOConfig) -> dict:
         ],
         "rule": recipe.advantages,
         "perception": recipe.perception,
+        "environment_factory": recipe.environment_factory,
     }
 
 

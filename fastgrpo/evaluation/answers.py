@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from fastgrpo.errors import InputError
-from fastgrpo.integrations.trl.frames import frame_columns, model_frame
 from fastgrpo.judges import HTTPJudge
 from fastgrpo.models.adapter import Adapter
+from fastgrpo.models.frames import frame_columns, model_frame
 from fastgrpo.packing import Group
 from fastgrpo.rewards.read.chat import content_text
 from fastgrpo.rollout import generate

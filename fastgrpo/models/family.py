@@ -55,7 +55,8 @@ class Family:
     of a trainer's batch that only `split_rows` reads; `axes` the rows of its position ids (3 for
     M-RoPE); `layer_kinds` the values of `layer_types` that are served; `decoders` the text models
     it may be built on (None: its own alone); `varlen_tower` says that the tower's attention is told
-    the bounds of images and windows in one sequence, as a variable-length call takes them.
+    the bounds of images and windows in one sequence, as a variable-length call takes them;
+    `coordinates` None says that the family was taught none, so that a box it writes is in no frame.
     """
 
     vision_inputs: tuple[str, ...] = ()

@@ -53,6 +53,7 @@ class Gemma3(Gemma3Text, Tiles):
     """Placeholders of one image are one block."""
 
     decoders = ("gemma3_text",)
+    coordinates = None  # its card states none (google/gemma-3-4b-it, discussion 38)
 
     def check_config(self, config) -> None:
         super().check_config(config)

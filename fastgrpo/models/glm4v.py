@@ -15,7 +15,7 @@ class Glm4V(QwenVL):
 
     coordinates = Coordinates(
         "thousandths",
-        "zai-org/GLM-V skills/glmv-grounding: normalised to 0-1000 by width and height",
+        "zai-org/GLM-skills, skill glmv-grounding: normalised to 0-1000 by width and height",
     )
 
     def image_text(self, image: Vision, config) -> list[int]:

@@ -10,7 +10,8 @@ class InternVL(Tiles):
 
     coordinates = Coordinates(
         "thousandths",
-        "InternVL documentation, Grounding data: normalised to 0-1000, [[x1,y1,x2,y2]]",
+        "OpenGVLab/InternVL internvl_chat/eval/refcoco/evaluate_grounding.py: divided by 1000, "
+        "times width and height",
     )
 
     def image_tokens(self, image, config) -> int:

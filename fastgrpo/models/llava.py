@@ -11,6 +11,9 @@ class Llava(Tiles):
     """Which of the tower's layers, and whether its class token, become features is configured."""
 
     tiny_decoder = "llama"
+    # Its boxes are shares of the picture padded to a square (haotian-liu/LLaVA#606), which the
+    # processor of transformers crops instead.
+    coordinates = None
 
     def image_tokens(self, image, config) -> int:
         tower = config.vision_config

@@ -21,6 +21,7 @@ class Mistral3(Tiles):
     vision_inputs = ("pixel_values", "image_sizes")
     decoders = ("mistral", "ministral3")
     tiny_decoder = "mistral"
+    coordinates = None  # its card states none; Mistral's cookbook for boxes is for a later model
 
     def image_tokens(self, image: Vision, config) -> int:
         side = config.vision_config.patch_size * config.spatial_merge_size

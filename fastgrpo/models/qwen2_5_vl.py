@@ -13,7 +13,7 @@ class Qwen25VL(QwenVL):
 
     coordinates = Coordinates(
         "pixels",
-        "Qwen2.5-VL technical report, arXiv 2502.13923: actual dimensions of the input image",
+        "QwenLM/Qwen3-VL#782, by its authors: absolute, after resizing; arXiv 2502.13923",
     )
 
     def tiny_parts(self, text, vision):

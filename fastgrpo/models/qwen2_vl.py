@@ -169,7 +169,8 @@ class Qwen2VL(QwenVL):
     """Boxes were taught in thousandths."""
 
     coordinates = Coordinates(
-        "thousandths", "Qwen2-VL technical report, arXiv 2409.12191: normalised to [0, 1000)"
+        "thousandths",
+        "QwenLM/Qwen3-VL qwen-vl-finetune/tools/process_bbox.ipynb; arXiv 2409.12191: [0, 1000)",
     )
 
     def tiny_parts(self, text, vision):

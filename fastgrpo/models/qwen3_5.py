@@ -45,7 +45,8 @@ class Qwen35(GatedDeltaNet, QwenVL):
         return frame_runs(video, config)
 
     coordinates = Coordinates(
-        "thousandths", "QwenLM/Qwen3-VL cookbooks/2d_grounding.ipynb, whose format it keeps"
+        "thousandths",
+        "QwenLM/Qwen3.8-Flash-Next#4, by its authors: still relative to [0, 1000]",
     )
 
     def tiny_parts(self, text, vision):

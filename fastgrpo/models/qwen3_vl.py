@@ -22,7 +22,7 @@ class Qwen3VL(QwenVL):
     """As Qwen2-VL, with features for several layers of the decoder and interleaved M-RoPE."""
 
     coordinates = Coordinates(
-        "thousandths", "QwenLM/Qwen3-VL cookbooks/2d_grounding.ipynb: relative coordinates, 0-1000"
+        "thousandths", "QwenLM/Qwen3-VL#1427, by its authors: relative coordinates, 0-1000"
     )
 
     def video_runs(self, video: Vision, config) -> list[int]:

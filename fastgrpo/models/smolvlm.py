@@ -20,6 +20,7 @@ class SmolVLM(Tiles):
 
     vision_inputs = ("pixel_values", "pixel_attention_mask")
     tiny_decoder = "llama"
+    coordinates = None  # its card and Idefics3's state none
     fits = Family.fits  # every tile is a run of its own
 
     def image_tokens(self, image: Vision, config) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.errors import InputError
 from fastgrpo.losses.tokens import IGNORE
@@ -121,7 +121,7 @@ def _blocks(adapter, parts: Sequence[Part]) -> list[tuple[int, int]]:
 
 def check_prompt(adapter, group: Group) -> None:
     """`InputError` naming sample, tokens and features when ids or images do not fit the model."""
-    vocabulary = adapter.core.get_input_embeddings().num_embeddings
+    vocabulary = _plain(adapter.core.get_input_embeddings()).num_embeddings
     names = ["prompt_ids"] + [f"completions[{i}]" for i in range(len(group.completions))]
     for name, ids in zip(names, [group.prompt_ids, *group.completions], strict=True):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
@@ -135,6 +135,14 @@ def check_prompt(adapter, group: Group) -> None:
             )
         if vision:
             _check_images(adapter, group, group.completions[c], vision, f"completions[{c}]")
+
+
+def _plain(embedding: nn.Module) -> nn.Module:
+    """The embedding under what PEFT wraps around it."""
+    for inner in ("base_layer", "original_module"):
+        if hasattr(embedding, inner):
+            return _plain(getattr(embedding, inner))
+    return embedding
 
 
 def _check_images(adapter, group: Group, ids: Tensor, vision, what: str = "prompt_ids") -> None:

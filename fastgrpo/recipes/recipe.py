@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from typing import Any
 
 import yaml
 
+from fastgrpo import environments
 from fastgrpo.advantages.perception_rule import PerceptionRule
 from fastgrpo.advantages.rule import AdvantageRule, GroupFilter
 from fastgrpo.errors import InputError
@@ -25,8 +26,10 @@ class Recipe:
     `advantages` and `perception` fields of `AdvantageRule` and `PerceptionRule`; `config` defaults
     of `fastgrpo train` (TRL's GRPOConfig and ours). `exact` and `reading` say in prose what equals
     the published code and what is this project's reading of the paper or its abstract; `needs`
-    names what a user must bring (a judge's address, a reward model, data columns). `example` shows
-    one row's `columns`, a `good` and a `bad` completion.
+    names what a user must bring (a judge's address, a reward model, data columns). `environment`,
+    a `name` with its settings, makes rows of several turns. `example` shows one row's `columns`, a
+    `good` and a `bad` completion, and with an environment the `calls` (tool and arguments) that
+    come before the good one.
     """
 
     name: str
@@ -39,7 +42,13 @@ class Recipe:
     needs: str = ""
     advantages: AdvantageRule | None = None
     perception: PerceptionRule | None = None
+    environment: Mapping[str, Any] | None = None
     example: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def environment_factory(self) -> Callable[[], environments.Environment] | None:
+        """What TRL's argument of that name takes; None for rows of one turn."""
+        return None if self.environment is None else environments.get(**self.environment)
 
     @property
     def weights(self) -> list[float]:
@@ -65,7 +74,7 @@ def parse(name: str, data: Any) -> Recipe:
     if not isinstance(data, Mapping):
         raise InputError(f"{name}: expected a mapping, got {type(data).__name__}")
     known = {f.name for f in fields(Recipe)} - {"name"}
-    required = known - {"needs", "advantages", "perception"}
+    required = known - {"needs", "advantages", "perception", "environment"}
     unknown, missing = sorted(set(data) - known), sorted(required - set(data))
     if unknown or missing:
         raise InputError(f"{name}: unknown fields {unknown}, missing fields {missing}")

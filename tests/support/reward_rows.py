@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 from fastgrpo import rewards
@@ -16,6 +17,7 @@ _OBJECTS = [{"bbox_2d": [10, 10, 110, 110], "point_2d": [60, 60]}]
 _POSITIONS = [{"Position": [10, 10, 110, 110], "Confidence": 1.0}]
 _METRO = {"Line 1": ["A", "B", "C"], "Line 2": ["C", "D"]}
 _DETECTION = f"<answer>```json\n{json.dumps(BOXES)}\n```</answer>"
+_ROLLOUT = SimpleNamespace(steps=[SimpleNamespace(tool="crop", ok=True)], retrieved=["p1", "p2"])
 
 # Columns by reward, or by the system that all its rewards share.
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -60,18 +62,24 @@ COLUMNS: dict[str, dict[str, Any]] = {
         "station2": "D",
         "question_transfer_count": 1,
     },
-    "vrag_rl": {"retrieved": ["p1", "p2"], "relevant": ["p2"], "solution": "42"},
+    "vrag_rl": {
+        "retrieved": ["p1", "p2"],
+        "relevant": ["p2"],
+        "solution": "42",
+        "environments": _ROLLOUT,
+    },
     "three_d_r1": {"gt_boxes": [[0, 0, 0, 2, 2, 2]], "solution": "a chair"},
     "vision_sr1": {"solution": "42", "description_answer": "<think>x</think>\\boxed{42}"},
     "rm_r1": {"solution": "model_a"},
     "unifiedreward_think": {"solution": "Image 1 is better"},
-    "arm_thinker": {"solution": 1},
+    "arm_thinker": {"solution": 1, "environments": _ROLLOUT},
+    "agent0_vl": {"solution": "42", "environments": _ROLLOUT},
     "sophiavl_r1": {"solution": "the cat sat on the mat", "problem_type": "free_form"},
     "sophiavl_r1/math": {"solution": "42"},
     "sophiavl_r1/choices": {"solution": ["A", "B"]},
     "dip_r1": {"solution": _DETECTION},
     "grip": {"solution": _DETECTION, "salience": [2.0, 1.0]},
-    "vacot": {"solution": "42", "tool_needed": True},
+    "vacot": {"solution": "42", "tool_needed": True, "environments": _ROLLOUT},
     "harmo": {"acc_reward": 1.0, "solution": "42"},
     "listener": {"solution": "B", "listener_probability": 0.5},
     "vlaa_thinking": {"solution": "42", "problem_type": "digit"},
@@ -94,6 +102,8 @@ MATHEMATICAL = (
     "vision_sr1/description_accuracy",
     "vision_sr1/total",
     "sophiavl_r1/math",
+    "agent0_vl/episode",
+    "vacot/episode",
     "vacot/total",
     "harmo/hybrid",
 )

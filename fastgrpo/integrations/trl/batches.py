@@ -8,8 +8,8 @@ from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict
 from trl.trainer.utils import unsplit_pixel_values_by_grid as unsplit_pixel_values
 
-from fastgrpo.integrations.trl.frames import frame_columns, model_frame
 from fastgrpo.integrations.trl.rows import plan_micro_batches
+from fastgrpo.models.frames import frame_columns, model_frame
 
 
 class BatchMixin:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.errors import InputError
+from fastgrpo.rewards import Reward
 from fastgrpo.rewards.core.check import Verdict, check_truth, has_truth, parts_of
+from fastgrpo.rewards.geometry.frames import FRAMES, UNSTATED
 
 logger = logging.getLogger(__name__)
 WATCHED = 10  # training batches after which a reward that never moved is named
@@ -31,8 +33,9 @@ class FirstBatches:
     ) -> None:
         """Each reward scores answers made from the solutions of the first batch, once.
 
-        Raises `InputError` with the row, the value and the frames when one is not paid the top, or
-        when most solutions do not fit the frame they are said to be in.
+        Raises `InputError` with the row, the value and the frames when one is not paid the top,
+        when most solutions do not fit the frame they are said to be in, or when nobody says which
+        frame the answers are in.
         Rewards without an answer to make are named in one line. Rows that are not scored at all
         are left to the reward guard.
         """
@@ -42,6 +45,8 @@ class FirstBatches:
         parts = [part for function in functions for part in parts_of(function)]
         columns = {key: [row.get(key) for row in rows] for key in rows[0]}
         distinct = range(0, len(rows), 1 if len(rows) % group_size else group_size)
+        for part in parts:
+            _refuse_unstated(part, columns, len(rows))
         for part in filter(has_truth, parts):
             _judge(check_truth(part, columns, distinct, trainer_state=state))
         unasked = [getattr(part, "__name__", repr(part)) for part in parts if not has_truth(part)]
@@ -72,6 +77,18 @@ class FirstBatches:
                     "is another one.",
                     name, lowest.item(), WATCHED,
                 )  # fmt: skip
+
+
+def _refuse_unstated(part: Callable, columns: dict[str, Sequence[Any]], size: int) -> None:
+    if not isinstance(part, Reward) or not part.framed:
+        return
+    given = {name: values for name, values in columns.items() if name != "prompts"}
+    if any(frames.answer == UNSTATED for frames in part.frames_of(given, size)):
+        raise InputError(
+            f"reward {part.name!r} compares boxes or points, and the model's family states no "
+            "frame for them: say which one the prompt asks for by answer_frame (a data column, or "
+            f"a setting of the reward), one of {', '.join(FRAMES)}"
+        )
 
 
 def _judge(verdicts: list[Verdict]) -> None:

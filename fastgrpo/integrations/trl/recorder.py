@@ -88,15 +88,15 @@ def record(trainer: Any) -> StepTimes:
     calculate_rewards = trainer._calculate_rewards
 
     @functools.wraps(calculate_rewards)
-    def with_columns(inputs, *args, **kwargs):
+    def with_columns(inputs, prompts, completions, *args):
         for column in COLUMNS:
             if inputs and column in inputs[0]:
                 trainer._log_completion_extra(column, [_plain(row[column]) for row in inputs])
         if hasattr(trainer, "with_frames"):
-            frames = drawn_frames(trainer._unguarded, trainer.with_frames(inputs))
+            frames = drawn_frames(trainer._unguarded, trainer.with_frames(inputs), completions)
             if frames is not None:
                 trainer._log_completion_extra("frames", frames)
-        return calculate_rewards(inputs, *args, **kwargs)
+        return calculate_rewards(inputs, prompts, completions, *args)
 
     trainer._calculate_rewards = with_columns
     for method, part in PARTS.items():

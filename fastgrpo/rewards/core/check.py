@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastgrpo.rewards.core.registry import Reward
-from fastgrpo.rewards.geometry.frames import RowFrames
+from fastgrpo.rewards.geometry.frames import UNSTATED, RowFrames
 from fastgrpo.rewards.read.boxes import first_box
 from fastgrpo.rewards.read.faults import TEXT_FAULTS, BadColumn
 
@@ -67,7 +67,9 @@ def check_truth(
 
 def _verdict(function: Reward, row: dict[str, Any], read: RowFrames, i: int, run: dict) -> Verdict:
     written = row.get("answer_frame") or function.prescribed_frame or row.get("model_frame")
-    written = RowFrames(written or read.answer, read.solution, read.row)
+    if written in (None, UNSTATED):
+        written = read.answer
+    written = RowFrames(written, read.solution, read.row)
     used = f"written as {written.answer!r}, read as {read.answer!r}, solution {read.solution!r}"
     try:
         answer = function.truth(row, written)

@@ -190,9 +190,11 @@ class Reward:
             given[key] = values
         return given
 
-    def frames_of(self, columns: dict[str, Sequence[Any]], size: int) -> list[frames.RowFrames]:
-        """The frames of `size` rows, as the scorer is handed them."""
-        return frames.row_frames(columns, size, self.params)
+    def frames_of(
+        self, columns: dict[str, Sequence[Any]], size: int, texts: Sequence[str] | None = None
+    ) -> list[frames.RowFrames]:
+        """The frames of `size` rows, as the scorer is handed them; `texts` may name images."""
+        return frames.row_frames(columns, size, self.params, texts)
 
     @property
     def prescribed_frame(self) -> str | None:
@@ -234,7 +236,7 @@ class Reward:
             given = {k: [v[i] for i in readable] for k, v in given.items()}
         rows = {k: given[k] for k in self._columns if k in given}
         if self.framed:
-            rows["frames"] = self.frames_of(given, len(texts))
+            rows["frames"] = self.frames_of(given, len(texts), texts)
         low, high = self.range
         scored = [
             v if type(v) is float and low <= v <= high else self._bounded(v)

@@ -13,9 +13,11 @@ Two more are written y first: "thousandths_yx" (Gemma's box_2d) and "locations" 
     answer_frame    column > setting > the column `model_frame`, which the trainer hands over
     solution_frame  column > setting > "image"
 
-An answer whose frame nobody states is taken to share the solution's. Sizes are (width, height) of
-every image of the row: `image_sizes` and `seen_sizes`, which the trainer hands over, or the data's
-own `image_size`, or the image itself. `image_index` names the image a solution is about.
+An answer whose frame nobody states is taken to share the solution's, unless a vision model writes
+it whose family states none ("unstated"): it is in no frame and cannot be compared. Sizes are
+(width, height) of every image of the row: `image_sizes` and `seen_sizes`, which the trainer hands
+over, or the data's own `image_size`, or the image itself. Where a row has several images, the
+column `image_index` says which one it is about, or the question in words, or the answer.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ import numpy as np
 
 from fastgrpo.errors import InputError
 from fastgrpo.images import ImageFault, image_size
+from fastgrpo.rewards.read.chat import question_text
 from fastgrpo.rewards.read.faults import BadColumn
+from fastgrpo.rewards.read.images import named_image
 
 Size = tuple[float, float]
 
@@ -48,17 +52,18 @@ FRAMES = {
     "thousandths_yx": _Kind(1000.0, y_first=True),
     "locations": _Kind(1024.0, y_first=True),
 }
+UNSTATED = "unstated"  # the frame of a model whose family was taught none, or none that is known
 SETTINGS = ("answer_frame", "solution_frame")
 COLUMNS = (
     *SETTINGS, "model_frame", "image_sizes", "seen_sizes", "image_index", "image_size",
-    "images", "image", "image_path",
+    "images", "image", "image_path", "prompts",
 )  # fmt: skip
 
 
 def convert(
     values: Any, source: str, target: str, *, image: Size | None = None, seen: Size | None = None
 ) -> Any:
-    """Boxes (..., 4) or points (..., 2) of frame `source` in frame `target`.
+    """Boxes (..., 4), points (..., 2) or polygons (..., 2n) of frame `source` in frame `target`.
 
     `image`, `seen`: (width, height) of the upright image and of the image the model saw; a frame
     in pixels needs its own. A list of numbers gives a list, anything else a float64 array. Raises
@@ -85,6 +90,11 @@ def _swapped(box: Sequence[float]) -> list[float]:
 
 
 def _kind(frame: str) -> _Kind:
+    if frame == UNSTATED:
+        raise BadColumn(
+            "frame: the model's family states none for its boxes and points; say which one the "
+            "prompt asks for (answer_frame: a column, or a setting of the reward)"
+        )
     if frame not in FRAMES:
         raise InputError(f"frame: expected one of {', '.join(FRAMES)}, got {frame!r}")
     return FRAMES[frame]
@@ -103,14 +113,19 @@ def _extent(extent: float | str, image: Size | None, seen: Size | None) -> Size:
 class RowFrames:
     """The frames of one row's answer and solution, and the sizes of the images it may be about.
 
-    `stated`: somebody said what the answer's frame is; otherwise it is the solution's.
+    `stated`: somebody said what the answer's frame is; otherwise it is the solution's. `text`: the
+    answer, which may name one of several images.
     """
 
     def __init__(
-        self, answer: str | None = None, solution: str = "image", row: dict[str, Any] | None = None
+        self,
+        answer: str | None = None,
+        solution: str = "image",
+        row: dict[str, Any] | None = None,
+        text: str = "",
     ):
         self.answer, self.solution, self.row = answer or solution, solution, row or {}
-        self.stated = answer is not None
+        self.stated, self.text = answer is not None, text
 
     def to_solution(self, values: Any) -> Any:
         """Boxes or points of the answer in the frame of the solution."""
@@ -137,12 +152,25 @@ class RowFrames:
         """(upright size, seen size) of the image the row names, or of each of its images."""
         return _sizes(self.row)
 
+    @cached_property
+    def about(self) -> int | None:
+        """Which of the row's sizes holds: the column's, else the image that words name."""
+        if len(self.sizes) == 1:
+            return 0
+        for said in (question_text(self.row.get("prompts")), self.text):
+            index = named_image(said, len(self.sizes))
+            if index is not None:
+                return index
+        return None
+
     def _convert(self, values: Any, source: str, target: str) -> Any:
         if source == target:
             return values
-        (image, seen), *others = self.sizes
-        if others:
+        if UNSTATED in (source, target):
+            _kind(UNSTATED)
+        if self.about is None:
             self._agree(source, target)
+        image, seen = self.sizes[self.about or 0]
         return convert(values, source, target, image=image, seen=seen)
 
     def _agree(self, source: str, target: str) -> None:
@@ -153,8 +181,8 @@ class RowFrames:
         }
         if len(corner) > 1:
             raise BadColumn(
-                f"frame: {len(self.sizes)} images of different sizes, and the row names none of "
-                "them (column 'image_index')"
+                f"frame: {len(self.sizes)} images of different sizes, and neither the row (column "
+                "'image_index'), nor its question, nor the answer names one of them"
             )
 
 
@@ -162,29 +190,34 @@ SAME = RowFrames()
 
 
 def row_frames(
-    columns: Mapping[str, Sequence[Any]], size: int, settings: Mapping[str, Any]
+    columns: Mapping[str, Sequence[Any]],
+    size: int,
+    settings: Mapping[str, Any],
+    texts: Sequence[str] | None = None,
 ) -> list[RowFrames]:
-    """The frames of each of `size` rows, from their columns and the reward's settings."""
+    """The frames of each of `size` rows, from their columns, the reward's settings, the answers."""
     stated = [settings.get(name) for name in SETTINGS]
     for name in stated:
         if name is not None:
             _kind(name)
-    if not any(stated) and not any(columns.get(name) for name in (*SETTINGS, "model_frame")):
-        if not any(columns.get(name) for name in COLUMNS):
-            return [SAME] * size
-    return [_row(_values(columns, i), *stated) for i in range(size)]
+    told = COLUMNS if columns.keys() - {"prompts"} else ()  # a question alone has no frame
+    if not any(stated) and not any(columns.get(name) for name in told if name != "prompts"):
+        return [SAME] * size
+    texts = texts or [""] * size
+    return [_row(_values(columns, i), *stated, texts[i]) for i in range(size)]
 
 
 def _values(columns: Mapping[str, Sequence[Any]], i: int) -> dict[str, Any]:
     return {name: columns[name][i] for name in COLUMNS if columns.get(name) is not None}
 
 
-def _row(row: dict[str, Any], answer: str | None, solution: str | None) -> RowFrames:
+def _row(row: dict[str, Any], answer: str | None, solution: str | None, text: str) -> RowFrames:
     answer = row.get("answer_frame") or answer or row.get("model_frame")
     solution = row.get("solution_frame") or solution or "image"
     for frame in (answer or solution, solution):
-        _kind(frame)
-    return RowFrames(answer, solution, row)
+        if frame != UNSTATED:
+            _kind(frame)
+    return RowFrames(answer, solution, row, text)
 
 
 def _sizes(row: dict[str, Any]) -> list[tuple[Size | None, Size | None]]:

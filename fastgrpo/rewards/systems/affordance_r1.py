@@ -78,13 +78,12 @@ def accuracy(
 
 
 def _pixels(items, frames: RowFrames, side: str) -> list[tuple[Any, Any]]:
-    """(box, point) of each item, in pixels of the image where the two sides' frames differ."""
+    """(box, point) of each item, in pixels of the image: what the distances are measured in."""
     boxes, points = (
         np.array([item[key] for item in items], dtype=np.float64) for key in ("bbox_2d", "point_2d")
     )
-    if frames.answer != frames.solution or frames.answer == "unit":
-        convert = frames.answer_in if side == "answer" else frames.solution_in
-        boxes, points = convert("image", boxes), convert("image", points)
+    convert = frames.answer_in if side == "answer" else frames.solution_in
+    boxes, points = convert("image", boxes), convert("image", points)
     return list(zip(boxes, points, strict=True))
 
 

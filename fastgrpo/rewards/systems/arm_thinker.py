@@ -37,6 +37,19 @@ def arm_thinker(text: str, *, solution: Any) -> float:
     return ladder(said, solution, bool(responses), used)
 
 
+@reward("arm_thinker/episode", columns=("solution", "environments"), range=(0.0, 1.5),
+        source="InternLM/ARM-Thinker@96b1baf")  # fmt: skip
+def episode(text: str, *, solution: Any, environments: Any) -> float:
+    """The ladder of `arm_thinker/score` for a rollout in an environment.
+
+    The text is the last turn; a tool was tried when the environment has a call, and used when one
+    of them was served, so that no words of the model can stand for either.
+    """
+    steps = environments.steps
+    said = verdict(text.strip(), MAX_VERDICT)
+    return ladder(said, solution, bool(steps), any(step.ok for step in steps))
+
+
 def last_turn(text: str) -> str:
     """What follows the last "assistant" line."""
     return text.split("assistant\n")[-1].strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fastgrpo.rewards.core.registry import reward
 from fastgrpo.rewards.read.faults import BadColumn
@@ -67,6 +68,23 @@ def total(
     `RMManager.__call__` (the file itself does not import). Modes as `vrag_rl/ndcg`.
     """
     found = ndcg_reward(text, retrieved=retrieved, relevant=relevant)
+    return gated(text, solution, question, judge, gate, found)
+
+
+@reward("vrag_rl/episode", columns=("environments", "relevant", "solution"),
+        optional=("question",), source=SOURCE)  # fmt: skip
+def episode(
+    text: str,
+    *,
+    environments: Any,
+    relevant,
+    solution: str,
+    question: str = "",
+    judge: Callable[[str, str, str], float] | None = None,
+    gate: Callable[[str, str], float] | None = None,
+) -> float:
+    """`vrag_rl/total` with the pages that the rollout's environment retrieved."""
+    found = ndcg_reward(text, retrieved=environments.retrieved, relevant=relevant)
     return gated(text, solution, question, judge, gate, found)
 
 

@@ -30,6 +30,9 @@ OPTIONS = {"A": "a cat", "B": "A red car", "C": "vitamin C", "D": "I am not sure
         ("答案是A、C", "AC"), ("答案：B", "B"), ("选B", "B"), ("应该选D。", "D"), ("B选项", "B"),
         ("故选：ＡＢ", "AB"), ("B is correct", "B"), ("Both A and C are correct", "AC"),
         ("A or B? I say C。", "C"), ("It is B.", "B"), ("It's (D)", "D"), ("因此是（C）", "C"),
+        ("option (b)", "B"), ("Both A and B", "AB"), ("Answer: b", "B"), ("Choice (C)", "C"),
+        ("Final answer: (B) A red car.", "B"), ("I think it is B", "B"), ("So: B", "B"),
+        ("结果是B", "B"), ("x = C", "C"),
         # no letter
         ("A red car", ""), ("I am not sure", ""), ("I am not sure.", ""), ("a cat", ""),
         ("A 5 V battery", ""), ("vitamin C", ""), ("Plan B", ""), ("U.S. army", ""),
@@ -61,6 +64,9 @@ def test_the_text_of_an_option_counts(text, letters):
         (None, "What is it?\nA. a cat\nB. A red car\nAnswer with a letter."),
         (None, "是什么？\nＡ：a cat\nＢ：A red car"),
         ("(A) a cat\n(B) A red car", None),
+        (None, "What is it? (A) a cat (B) A red car"),
+        (None, "Choose.\nOptions: A. a cat, B. A red car"),
+        (None, "是什么? A、a cat B、A red car"),
     ],
 )
 def test_options_of_a_row(value, problem):
@@ -71,6 +77,8 @@ def test_what_is_no_list_of_options():
     for value, problem in ((None, None), ([], None), (["only one"], None), (None, "A. one line")):
         assert read_options(value, problem) is None
     assert read_options(None, "B. from the middle\nC. on") is None
+    assert read_options(None, "Is A. Smith here? Ask B. Jones or A. Smith") is None
+    assert read_options(None, "one option only: (A) a cat") is None
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,13 @@ READ = {
         },
         (["system: Be brief.", "user: <i>x"], "x", "y", [(40, 30)]),
     ),
+    "roles in capitals, of another bot": (
+        {
+            "image": "a.png",
+            "conversations": turns("s", "<image>x", "y", kinds="System USER Bard"),
+        },
+        (["system: s", "user: <i>x"], "x", "y", [(40, 30)]),
+    ),
     "parts with their own image": (
         {
             "messages": of_roles(

@@ -237,8 +237,8 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def policy(monkeypatch):
-    """A tiny model and a processor whose template and parser know tool calls."""
+def policy(monkeypatch, tmp_path):
+    """A tiny model on disk and a processor whose template and parser know tool calls."""
     from trl.chat_template_utils import qwen3_template
 
     from fastgrpo.testing import processors
@@ -250,7 +250,8 @@ def policy(monkeypatch):
     processor = processors.tiny_processor(model.config)
     processor.chat_template = processor.tokenizer.chat_template = TEMPLATE
     processor.tokenizer.response_template = qwen3_template
-    return model, processor
+    model.save_pretrained(tmp_path / "policy")
+    return str(tmp_path / "policy"), processor
 
 
 def script(recipe):
@@ -273,15 +274,13 @@ def script(recipe):
 
 def trained(cls, recipe, policy, tmp_path, monkeypatch, *, image, **options):
     """Three steps of a recipe on the scripted rollouts: (trainer, the masks of each batch)."""
-    import copy
-
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     from fastgrpo.recipes.rewards import build_reward
 
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", script(recipe))
-    model, processor = copy.deepcopy(policy)
+    folder, processor = policy
     row = {"prompt": [{"role": "user", "content": "look"}], **recipe.example["columns"]}
     if image:
         row["images"] = [Image.radial_gradient("L").resize((32, 16)).convert("RGB")]
@@ -291,10 +290,10 @@ def trained(cls, recipe, policy, tmp_path, monkeypatch, *, image, **options):
         output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, max_steps=3,
         max_completion_length=600, report_to="none", use_cpu=True, disable_tqdm=True, bf16=False,
         gradient_checkpointing=False, learning_rate=1e-3, logging_steps=1, save_strategy="no",
-        lr_scheduler_type="constant",
+        lr_scheduler_type="constant", model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
     trainer = cls(
-        model,
+        folder,
         [build_reward(spec, group_size=4) for spec in recipe.rewards],
         GRPOConfig(**config),
         train_dataset=Dataset.from_list([row] * 4),

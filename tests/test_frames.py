@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every reward that compares boxes or points, in every frame: the truth is paid the top."""
 
+import base64
+import io
 import itertools
 
 import numpy as np
@@ -26,6 +28,14 @@ def exif(size):
     return image
 
 
+def jpeg(size):
+    """Such a photo as the bytes of its file."""
+    buffer = io.BytesIO()
+    photo = exif(size)
+    photo.save(buffer, format="JPEG", exif=photo.getexif())
+    return buffer.getvalue()
+
+
 OTHER = ((100, 500), (56, 280))
 SITUATIONS = {
     "one image": {"image_sizes": [SIZE], "seen_sizes": [SEEN]},
@@ -37,6 +47,13 @@ SITUATIONS = {
     },
     "two of one size": {"image_sizes": [SIZE, SIZE], "seen_sizes": [SEEN, SEEN]},
     "a photo on its side": {"images": [exif(SIZE)], "seen_sizes": [SEEN]},
+    "bytes of a photo": {"images": [jpeg(SIZE)], "seen_sizes": [SEEN]},
+    "a feature's bytes": {"image": {"bytes": jpeg(SIZE), "path": None}, "seen_sizes": [SEEN]},
+    "a data URI": {
+        "image": "data:image/jpeg;base64," + base64.b64encode(jpeg(SIZE)).decode(),
+        "seen_sizes": [SEEN],
+    },
+    "an array": {"images": [np.zeros((SIZE[1], SIZE[0], 3), np.uint8)], "seen_sizes": [SEEN]},
     "the data's own size": {
         "image_size": list(SIZE), "images": [Image.new("RGB", (9, 7))], "seen_sizes": [SEEN],
     },

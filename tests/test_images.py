@@ -31,6 +31,7 @@ SOURCES = {
     "a name with a colon": lambda folder: str(folder / "cam:1.png"),
     "bytes": lambda folder: png(),
     "bytearray": lambda folder: bytearray(png()),
+    "file in memory": lambda folder: io.BytesIO(png()),
     "data URI": lambda folder: uri(png()),
     "data URI without a kind": lambda folder: uri(png(), "data:;base64,"),
     "bare base64": lambda folder: uri(png(), ""),

@@ -15,8 +15,10 @@ from fastgrpo.recipes.rewards import build_reward
 from fastgrpo.rewards.core.check import check_truth, has_truth, parts_of
 from fastgrpo.rewards.core.compose import Scheduled
 from fastgrpo.rewards.core.schedule import Schedule
+from fastgrpo.rewards.read.boxes import first_box
 
 MADE = [name for name in rewards.names() if has_truth(rewards.get(name))]
+ONE_TURN = [name for name in recipes.names() if recipes.load(name).environment is None]
 STATE = SimpleNamespace(global_step=1, max_steps=100)
 SIZES = {"image_sizes": [(400, 400)], "seen_sizes": [(448, 420)]}
 
@@ -43,7 +45,7 @@ def test_most_rewards_with_a_solution_make_one():
 
 
 @pytest.mark.parametrize("frame", ["seen", "thousandths"])
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", ONE_TURN)
 def test_every_recipe_passes_on_its_example(name, frame, monkeypatch):
     monkeypatch.setenv("FASTGRPO_JUDGE_URL", "http://127.0.0.1:9/v1")
     recipe = recipes.load(name)
@@ -117,3 +119,45 @@ def test_a_reward_that_never_moves_is_named_once(caplog):
         first.watch(torch.stack([moving, still, unscored], 1), ["moving", "still", "unscored"])
     named = [record for record in caplog.records if "teaches nothing" in record.message]
     assert len(named) == 1 and "reward still was 0.5" in named[0].message
+
+
+def framed_recipes():
+    for name in ONE_TURN:
+        recipe = recipes.load(name)
+        if first_box(str(recipe.example["columns"].get("solution"))) is None:
+            continue
+        specs = [spec for spec in recipe.rewards if "reward" in spec]
+        functions = [rewards.get(spec["reward"]) for spec in specs]
+        if any(f.framed and has_truth(f) and not f.prescribed_frame for f in functions):
+            yield name
+
+
+@pytest.mark.parametrize("name", framed_recipes())
+def test_every_recipe_with_boxes_fails_on_a_frame_that_is_wrong(name):
+    recipe = recipes.load(name)
+    columns = recipe.example["columns"] | SIZES | {"prompt": "q"}
+    right, wrong = ([], [])
+    for spec in (spec for spec in recipe.rewards if "reward" in spec):
+        function = build_reward(spec, group_size=4)
+        params = spec.get("params", {})
+        right.append(function)
+        if function.framed:
+            function = rewards.get(function.name, **params, answer_frame="unit")
+        wrong.append(function)
+    told = columns | {"model_frame": "seen", "answer_frame": None}
+    FirstBatches().ask_truth(right, [told] * 4, 4, STATE)
+    with pytest.raises(InputError, match="'seen', read as 'unit'"):
+        FirstBatches().ask_truth(wrong, [told] * 4, 4, STATE)
+    # the solution is said to be in a frame it does not fit: its boxes lie outside the image
+    with pytest.raises(InputError, match="lies outside its image"):
+        FirstBatches().ask_truth(right, [told | {"solution_frame": "unit"}] * 4, 4, STATE)
+
+
+def test_a_family_without_a_frame_stops_the_run_until_one_is_stated():
+    function, silent = rewards.get("vlm_r1/iou"), a_row(model_frame="unstated")
+    with pytest.raises(InputError, match="states no frame .* answer_frame .*thousandths"):
+        FirstBatches().ask_truth([function], [silent], 1, STATE)
+    FirstBatches().ask_truth([function], [silent | {"answer_frame": "image"}], 1, STATE)
+    stated = rewards.get("vlm_r1/iou", answer_frame="thousandths")
+    FirstBatches().ask_truth([stated], [silent], 1, STATE)
+    FirstBatches().ask_truth([rewards.get("vlm_r1/iou", compat="upstream")], [silent], 1, STATE)

@@ -18,10 +18,12 @@ QUESTION = "{Question}"
 # The Qwen-VL processors put one of these per image patch; written in a text they count as images.
 IMAGE_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 ROLES = {
-    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bot"), "assistant"),
-}
+    **dict.fromkeys(
+        ("gpt", "assistant", "model", "chatgpt", "bot", "bard", "bing", "claude"), "assistant"
+    ),
+}  # in any case of letters
 # What else of a turn would have to reach the model, and does not.
 _UNREAD = ("image", "images", "video", "videos", "audio", "audios", "tool_calls", "function_call")
 
@@ -99,7 +101,7 @@ def read_prompt(
     prompt, sources, left = [], [], iter(images)
     for message in messages:
         role, content = _role_and_content(message)
-        if role not in ROLES:
+        if not isinstance(role, str) or role.lower() not in ROLES:
             raise RowFault("roles", f"{role!r:.100} is none of {', '.join(ROLES)}")
         parts = _parts(content)
         for part in parts:
@@ -108,7 +110,7 @@ def read_prompt(
                 sources.append(None if own is None else resolve(own))
             else:
                 _refuse_tokens(part["text"], image_tokens)
-        prompt.append({"role": ROLES[role], "content": parts})
+        prompt.append({"role": ROLES[role.lower()], "content": parts})
     open_places = sum(source is None for source in sources)
     if open_places != len(images):
         raise RowFault(
@@ -127,7 +129,8 @@ def as_user_turn(prompt: object, num_images: int) -> object:
     parts = [_parts(_role_and_content(message)[1]) for message in messages]
     if any(part["type"] == "image" for content in parts for part in content):
         return messages
-    first = next((i for i, m in enumerate(messages) if _role_and_content(m)[0] == "user"), 0)
+    roles = [ROLES.get(str(_role_and_content(message)[0]).lower()) for message in messages]
+    first = roles.index("user") if "user" in roles else 0
     placed = [{"type": "image"}] * num_images + parts[first]
     return [
         *messages[:first],
@@ -154,9 +157,9 @@ def _roles_and_contents(turns: object) -> tuple[list[str], list]:
     if all(role is None for role in named):
         return [("user", "assistant")[i % 2] for i in range(len(turns))], list(contents)
     for role in named:
-        if not isinstance(role, str) or role not in ROLES:
+        if not isinstance(role, str) or role.lower() not in ROLES:
             raise RowFault("roles", f"{role!r:.100} is none of {', '.join(ROLES)}")
-    return [ROLES[role] for role in named], list(contents)
+    return [ROLES[role.lower()] for role in named], list(contents)
 
 
 def _role_and_content(turn: object) -> tuple[Any, Any]:

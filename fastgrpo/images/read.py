@@ -164,6 +164,8 @@ def _opened(source: Any, max_pixels: int) -> tuple[Image.Image, str]:
     elif isinstance(source, bytes | bytearray | memoryview):
         name = f"image of {len(source)} bytes"
         image = _decoder(io.BytesIO(source), name)
+    elif isinstance(source, io.BytesIO):
+        image, name = _decoder(io.BytesIO(source.getbuffer()), "image in memory"), "image in memory"
     elif isinstance(source, Image.Image):
         image, name = source, f"{type(source).__name__} of mode {source.mode}"
     else:

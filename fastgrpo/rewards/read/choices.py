@@ -6,7 +6,7 @@ A letter is read where it stands
     alone             B    (b)    **B**    B.    Ｂ。            also several: A, C   A和C   AC
     as a head         B. A red car    (B) A red car    B：红色的车    one head per line
     after a cue       the answer is B    option B    答案是A、C    选B    B选项
-    before a stop     ... so I say C.    ... 因此是（C）             the last such place
+    at the end        ... so I say C.    it is C    ... 因此是（C）
 
 and nowhere else: "A red car" holds no letter. Without a letter, a text equal to an option's counts
 as that option.
@@ -26,10 +26,12 @@ Options = Mapping[str, str]
 # What may stand around a letter, and what may stand between two.
 _WRAP = "()[]{}<>\"'`*_$.:,;!?、。 \t\r\n\u3010\u3011\u300c\u300d\\"
 _LATEX = ("\\boxed", "\\text", "\\mathrm", "\\mathbf")
-_AND = r"(?:\s*(?:,|;|/|&|\+|、|\band\b|\bor\b|和|与|及|以及|或)\s*)+|\s+"
+_JOIN = r"(?:\s*(?:,|;|/|&|\+|、|\band\b|\bor\b|和|与|及|以及|或)\s*)+"
+_AND = rf"{_JOIN}|\s+"
+_BEFORE = ("both", "answer", "options", "option", "choices", "choice")  # of letters alone
 _ONE = r"[(\[{]?\s*([A-Za-z])\s*[)\]}]?"
 _LIST = rf"{_ONE}(?:(?:{_AND}){_ONE})*"
-_LETTERS = rf"([(\[{{]?[A-Z][)\]}}]?(?:(?:{_AND})[(\[{{]?[A-Z][)\]}}]?)*|[A-Z]{{2,8}})"
+_LETTERS = rf"([(\[{{]?[A-Z][)\]}}]?(?:{_JOIN}[(\[{{]?[A-Z][)\]}}]?)*|[A-Z]{{2,8}})"
 _CUES = (
     rf"(?:(?i:answers?|options?|choices?|choose|select|pick)(?i:\s+(?:is|are|would be|should be))?"
     rf"|答案|选项|选择|应选|应该选|故选|我选|选)(?:\s*(?:是|为|应为|应该是))?\s*[:\s\"'*]*{_LETTERS}"
@@ -39,6 +41,8 @@ _CUES = (
 )
 # The last word of a text, where a stop or a bracket follows it.
 _STOPPED = r"(?:^|[\s,:、(\[{*]|[^\x00-\x7f])([A-Z])\s*(?:[)\]}][^A-Za-z]*|[*]*[.。!?][\s\"'*]*)$"
+_LAST = r"(?:\bis|[:=是为])[\s\"'*]*([A-Z])[\s\"'*]*$"
+_INLINE = r"(?:^|\s)\(?([A-Z])[).:、]\s*"
 _BRACKETED = r"[(\[{]\s*([A-Z])\s*[)\]}]"
 
 
@@ -96,7 +100,7 @@ def read_options(value: Any, problem: Any = None) -> dict[str, str] | None:
     """{letter: text} from a row's list or mapping of options, or from the lines of its question.
 
     A list is lettered from A, whether or not its texts carry their letters. In a question, lines
-    headed A, B, ... in order are its options. None without any.
+    headed A, B, ... in order are its options, else such heads in its last line. None without any.
     """
     if isinstance(value, Mapping):
         return {str(k).strip().upper(): str(v) for k, v in value.items() if v is not None} or None
@@ -108,14 +112,32 @@ def read_options(value: Any, problem: Any = None) -> dict[str, str] | None:
     lines = value if isinstance(value, str) else problem
     if not isinstance(lines, str):
         return None
-    found = _headed_texts(unicodedata.normalize("NFKC", lines[-(1 << 14) :]))
+    lines = unicodedata.normalize("NFKC", lines[-(1 << 14) :])
+    found = _headed_texts(lines)
     expected = [chr(65 + i) for i in range(len(found))]
-    return found if len(found) > 1 and list(found) == expected else None
+    if len(found) > 1 and list(found) == expected:
+        return found
+    return _inline_options(next((line for line in reversed(lines.split("\n")) if line.strip()), ""))
+
+
+def _inline_options(line: str) -> dict[str, str] | None:
+    """The options of `... (A) a cat (B) a dog`: heads A, B, ... in order, each once."""
+    heads = list(pattern(_INLINE).finditer(line))
+    if len(heads) < 2 or [head.group(1) for head in heads] != [
+        chr(65 + i) for i in range(len(heads))
+    ]:
+        return None
+    ends = [head.start() for head in heads[1:]] + [len(line)]
+    texts = [line[head.end() : end].strip(" ,;") for head, end in zip(heads, ends, strict=True)]
+    return {head.group(1): text for head, text in zip(heads, texts, strict=True)}
 
 
 def _alone(text: str, options: Options | None) -> frozenset[str]:
     """The whole text is a letter, a list of letters, or letters written together."""
     bare = text.strip(_WRAP)
+    for word in _BEFORE:
+        if bare[: len(word) + 1].lower() in (f"{word} ", f"{word}:", f"{word}("):
+            bare = bare[len(word) :].strip(_WRAP)
     if len(bare) == 1:
         return _upper(bare)
     if len(bare) > 128:
@@ -186,7 +208,7 @@ def _without_words(letters: str) -> str:
 
 
 def _stopped(text: str) -> frozenset[str]:
-    found = pattern(_STOPPED).search(text)
+    found = pattern(_STOPPED).search(text) or pattern(_LAST).search(text)
     if found is not None:
         return frozenset(found.group(1))
     bracketed = pattern(_BRACKETED).findall(text)

@@ -279,7 +279,6 @@ def trained(cls, recipe, policy, tmp_path, monkeypatch, *, image, **options):
 
     from fastgrpo.recipes.rewards import build_reward
 
-    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", script(recipe))
     folder, processor = policy
     row = {"prompt": [{"role": "user", "content": "look"}], **recipe.example["columns"]}
     if image:
@@ -305,7 +304,9 @@ def trained(cls, recipe, policy, tmp_path, monkeypatch, *, image, **options):
     trainer._generate_and_score_completions = lambda inputs: (
         batches.append(scored(inputs)) or batches[-1]
     )
-    trainer.train()
+    with monkeypatch.context() as patch:  # below what the fast trainer does with tool images
+        patch.setattr(GRPOTrainer, "_generate_single_turn", script(recipe))
+        trainer.train()
     return trainer, batches
 
 

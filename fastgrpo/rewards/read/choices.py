@@ -53,6 +53,8 @@ def choices(text: str, options: Options | None = None, *, strict: bool = False) 
     counts as its letter. `strict` reads letters alone and as heads only, as for a solution that
     need not be a choice at all.
     """
+    if options is None and len(text) == 1:
+        return _upper(text)
     text = unicodedata.normalize("NFKC", short(text)).strip()
     for command in _LATEX:
         text = text.replace(command, "")

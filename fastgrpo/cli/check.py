@@ -30,7 +30,7 @@ from fastgrpo.cli.train import reward_settings
 from fastgrpo.errors import InputError
 from fastgrpo.models.frames import frame_columns, model_frame, seen_sizes
 from fastgrpo.models.registry import family_of
-from fastgrpo.rewards.core.check import check_truth, has_truth, parts_of
+from fastgrpo.rewards.core.check import check_truth, has_truth, parts_of, refuse_unstated
 
 SAMPLED_ROWS, SHOWN_FAULTS = 32, 3
 GIB = 1 << 30
@@ -210,6 +210,11 @@ def _truth(
     columns = {key: [row.get(key) for row in whole] for key in whole[0]}
     for part in (part for function in functions for part in parts_of(function)):
         name = _name(part)
+        try:
+            refuse_unstated(part, columns, len(rows))
+        except InputError as error:
+            yield "fault", str(error)
+            continue
         if not has_truth(part):
             yield "ok", f"{name}: no answer can be made to ask it about"
             continue

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from fastgrpo.errors import InputError
-from fastgrpo.rewards import Reward
-from fastgrpo.rewards.core.check import Verdict, check_truth, has_truth, parts_of
-from fastgrpo.rewards.geometry.frames import FRAMES, UNSTATED
+from fastgrpo.rewards.core.check import (
+    Verdict,
+    check_truth,
+    has_truth,
+    parts_of,
+    refuse_unstated,
+)
 
 logger = logging.getLogger(__name__)
 WATCHED = 10  # training batches after which a reward that never moved is named
@@ -46,7 +50,7 @@ class FirstBatches:
         columns = {key: [row.get(key) for row in rows] for key in rows[0]}
         distinct = range(0, len(rows), 1 if len(rows) % group_size else group_size)
         for part in parts:
-            _refuse_unstated(part, columns, len(rows))
+            refuse_unstated(part, columns, len(rows))
         for part in filter(has_truth, parts):
             _judge(check_truth(part, columns, distinct, trainer_state=state))
         unasked = [getattr(part, "__name__", repr(part)) for part in parts if not has_truth(part)]
@@ -77,18 +81,6 @@ class FirstBatches:
                     "is another one.",
                     name, lowest.item(), WATCHED,
                 )  # fmt: skip
-
-
-def _refuse_unstated(part: Callable, columns: dict[str, Sequence[Any]], size: int) -> None:
-    if not isinstance(part, Reward) or not part.framed:
-        return
-    given = {name: values for name, values in columns.items() if name != "prompts"}
-    if any(frames.answer == UNSTATED for frames in part.frames_of(given, size)):
-        raise InputError(
-            f"reward {part.name!r} compares boxes or points, and the model's family states no "
-            "frame for them: say which one the prompt asks for by answer_frame (a data column, or "
-            f"a setting of the reward), one of {', '.join(FRAMES)}"
-        )
 
 
 def _judge(verdicts: list[Verdict]) -> None:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastgrpo.errors import InputError
 from fastgrpo.rewards.core.registry import Reward
-from fastgrpo.rewards.geometry.frames import UNSTATED, RowFrames
+from fastgrpo.rewards.geometry.frames import FRAMES, UNSTATED, RowFrames
 from fastgrpo.rewards.read.boxes import first_box
 from fastgrpo.rewards.read.faults import TEXT_FAULTS, BadColumn
 
@@ -46,6 +47,18 @@ def parts_of(function: Callable) -> Iterator[Callable]:
 def has_truth(function: Callable) -> bool:
     """Whether an answer can be made for a reward: one of ours, repaired, with a maker."""
     return isinstance(function, Reward) and function.compat == "fixed" and function.makes_truth
+
+
+def refuse_unstated(function: Callable, columns: dict[str, Sequence[Any]], size: int) -> None:
+    """`InputError` where a reward compares boxes and nobody says which frame the answers are in."""
+    if not isinstance(function, Reward) or not function.framed:
+        return
+    if any(row.answer == UNSTATED for row in function.frames_of(columns, size)):
+        raise InputError(
+            f"reward {function.name!r} compares boxes or points, and the model's family states no "
+            "frame for them: say which one the prompt asks for by answer_frame (a data column, or "
+            f"a setting of the reward), one of {', '.join(FRAMES)}"
+        )
 
 
 def check_truth(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of several turns: tools, what an environment remembers, returns over turns, training."""
 
+import inspect
 import json
 import math
 import string
@@ -105,8 +106,9 @@ def test_environments_are_found_and_describe_their_tools():
         environments.get("vacot", turns=3)
     for name in SYSTEMS:
         kind = environments.get(name).func
-        tools = [n for n, f in vars(kind).items() if callable(f) and n[0] != "_" and n != "reset"]
-        assert tools
+        members = inspect.getmembers(kind, inspect.isfunction)  # as TRL finds them
+        tools = [member for member, _ in members if member[0] != "_" and member != "reset"]
+        assert "zoom" in tools
         for tool in tools:
             schema = get_json_schema(getattr(kind(), tool))["function"]
             assert schema["name"] == tool and schema["parameters"]["required"]
@@ -118,13 +120,13 @@ def test_calls_are_recorded_and_bounded():
     picture, said = environment.rotate(90, 1)
     assert picture["image"].size == (4, 8) and "It is image 2" in said["text"]
     with pytest.raises(ToolFault, match="there are images 1 to 2"):
-        environment.crop([0, 0, 1000, 1000], 3)
+        environment.zoom([0, 0, 1000, 1000], 3)
     with pytest.raises(ToolFault, match="unexpected keyword"):
         environment.rotate(turn=3, image=1)
     with pytest.raises(ToolFault, match="3 are allowed"):
         environment.rotate(90, 1)
     assert [(step.tool, step.ok) for step in environment.steps] == [
-        ("rotate", True), ("crop", False), ("rotate", False),
+        ("rotate", True), ("zoom", False), ("rotate", False),
     ]  # fmt: skip
     environment.reset(images=[Image.new("RGB", (8, 4)), "no/such/file.png"])
     assert environment.steps == [] and len(environment.images) == 2
@@ -146,7 +148,7 @@ def paid(name, text, environment, **columns):
 
 def test_agent0_returns_by_hand():
     sure, unsure = ("verify", True, (0.5, 0.9)), ("verify", True, (0.5, 0.2))
-    call, failed = ("calculator", True, 4.0), ("crop", False)
+    call, failed = ("calculator", True, 4.0), ("zoom", False)
     constants = (0.3, 0.05, 5.0, 0.7)
     assert step_rewards([Step(*call), Step(*sure)], *constants) == [pytest.approx(0.3 + 0.45)]
     # A doubted step is repaired: the gate of confidence 0.2 is sigmoid(5 * 0.5).
@@ -207,11 +209,11 @@ def test_vrag_pays_what_was_retrieved():
 
 
 def test_vacot_pays_a_tool_that_was_needed():
-    used, columns = rollout(("crop", True)), {"solution": "4"}
+    used, columns = rollout(("zoom", True)), {"solution": "4"}
     answer = "<answer>4</answer>"
     assert paid("vacot/episode", answer, used, tool_needed=True, **columns) == 1.5
     assert paid("vacot/episode", answer, used, tool_needed=False, **columns) == 1.0
-    failed = rollout(("crop", False))
+    failed = rollout(("zoom", False))
     assert paid("vacot/episode", answer, failed, tool_needed=True, **columns) == 1.0
     wordy = answer + " word" * 767  # 768 words: half of the penalty
     assert paid("vacot/episode", wordy, used, tool_needed=True, **columns) == pytest.approx(1.25)

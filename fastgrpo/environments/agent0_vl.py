@@ -35,20 +35,6 @@ class Agent0VL(Environment):
         return f"{value:.12g}", value
 
     @tool
-    def crop(self, box: list[float], image: int) -> list:
-        """
-        Cuts a part out of an image and enlarges it.
-
-        Args:
-            box: The part, as [x1, y1, x2, y2] in thousandths of the image's width and height.
-            image: Which image, counted from 1 in the order they were shown.
-
-        Returns:
-            The part, enlarged.
-        """
-        return self._see(self._cut(box, image), f"The part {box} of image {image}."), box
-
-    @tool
     def verify(self, score: float, confidence: float) -> str:
         """
         Records how right the step before was. A step that is not sure should be done again.

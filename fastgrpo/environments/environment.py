@@ -53,7 +53,7 @@ def tool(method: Callable) -> Callable:
 
 
 class Environment:
-    """The images of a row and the calls made on them; a system adds its tools.
+    """The images of a row and the calls made on them: `zoom`, and the tools a system adds.
 
     `max_calls`: calls a rollout may make. `steps`: those it made. `images`: the row's, then those
     that tools made, in the order in which the model saw them.
@@ -70,6 +70,24 @@ class Environment:
         self.images = [_opened(image) for image in (given if isinstance(given, list) else [given])]
         self.steps = []
 
+    @tool
+    def zoom(self, box: list[float], image: int) -> list:
+        """
+        Looks closer at a part of an image.
+
+        Args:
+            box: The part, as [x1, y1, x2, y2] in thousandths of the image's width and height.
+            image: Which image, counted from 1 in the order they were shown.
+
+        Returns:
+            The part, enlarged.
+        """
+        try:
+            part = cut(self._image(image), box)
+        except ValueError as fault:
+            raise ToolFault(str(fault)) from fault
+        return self._see(part, f"The part {box} of image {image}."), box
+
     def _see(self, image: Image.Image, said: str) -> list[dict[str, Any]]:
         """A tool's answer with an image in it."""
         self.images.append(image)
@@ -82,12 +100,6 @@ class Environment:
         if self.images[number - 1] is None:
             raise ToolFault(f"image {number} cannot be read")
         return self.images[number - 1]
-
-    def _cut(self, box: list[float], number: int) -> Image.Image:
-        try:
-            return cut(self._image(number), box)
-        except ValueError as fault:
-            raise ToolFault(str(fault)) from fault
 
 
 def _opened(image: Any) -> Image.Image | None:

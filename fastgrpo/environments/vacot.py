@@ -12,21 +12,7 @@ TURNS = {90: Image.Transpose.ROTATE_270, 180: Image.Transpose.ROTATE_180,
 
 
 class VACoT(Environment):
-    """`crop`, `rotate`, `denoise` and `contrast`; which changes there are is our own reading."""
-
-    @tool
-    def crop(self, box: list[float], image: int) -> list:
-        """
-        Cuts a part out of an image and enlarges it.
-
-        Args:
-            box: The part, as [x1, y1, x2, y2] in thousandths of the image's width and height.
-            image: Which image, counted from 1 in the order they were shown.
-
-        Returns:
-            The part, enlarged.
-        """
-        return self._see(self._cut(box, image), f"The part {box} of image {image}."), box
+    """`zoom`, `rotate`, `denoise` and `contrast`; which changes there are is our own reading."""
 
     @tool
     def rotate(self, degrees: int, image: int) -> list:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VRAG-RL's environment (Alibaba-NLP/VRAG@24f8d05): search pages, crop what was seen."""
+"""VRAG-RL's environment (Alibaba-NLP/VRAG@24f8d05): search pages, zoom into them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastgrpo.images import ImageFault, load_image
 
 
 class VragRL(Environment):
-    """Four calls to `search` and `crop`, as published.
+    """Four calls to `search` and `zoom` (its crop), as published.
 
     Pages come from the row's `documents` (a list of {"id", "text", "image"}), else from `index`, a
     file of such mappings, one a line. `results`: pages a search returns. `retrieved`: the pages
@@ -60,20 +60,6 @@ class VragRL(Environment):
             return shown, [page.id for page in pages]
         text = "\n".join(part["text"] for part in shown) or "No page was found."
         return text, [page.id for page in pages]
-
-    @tool
-    def crop(self, box: list[float], image: int) -> list:
-        """
-        Cuts a part out of an image and enlarges it.
-
-        Args:
-            box: The part, as [x1, y1, x2, y2] in thousandths of the image's width and height.
-            image: Which image, counted from 1 in the order they were shown.
-
-        Returns:
-            The part, enlarged.
-        """
-        return self._see(self._cut(box, image), f"The part {box} of image {image}."), box
 
 
 ENVIRONMENT = VragRL

@@ -96,8 +96,10 @@ def check(arguments: list[str]) -> list[Finding]:
         say("prompts", iter(lines))
         say("prompts", _context(config, hf_config, prompt_tokens))
         frame = model_frame(hf_config)
-        functions = look("rewards", lambda: reward_settings(config)["reward_funcs"])
-        say("rewards", _rewards(functions, train))
+        asked = look("rewards", lambda: reward_settings(config))
+        functions = asked["reward_funcs"]
+        own = {"environments"} if asked.get("environment_factory") else set()
+        say("rewards", _rewards(functions, train, own))
         say("rewards", look("rewards", lambda: list(_truth(functions, rows, processor, frame))))
         memory = look("memory", lambda: estimate(config, model_config, hf_config, prompt_tokens))
         say("memory", _memory(memory))
@@ -186,8 +188,9 @@ def _span(values: list[int]) -> str:
     return f"{low}" if low == high else f"{low} to {high} (median {statistics.median(values):g})"
 
 
-def _rewards(functions: list[Callable], train) -> Iterator[tuple[str, str]]:
-    names = set(train.column_names) | {"images", "image_path"}
+def _rewards(functions: list[Callable], train, own: set[str]) -> Iterator[tuple[str, str]]:
+    """Columns that neither the data nor the trainer (`own`) hands over."""
+    names = set(train.column_names) | {"images", "image_path"} | own
     for function in functions:
         needed = [name for name in getattr(function, "columns", ()) if name not in names]
         if needed:

@@ -85,7 +85,7 @@ def build_trainer(config: FastGRPOConfig, model_config: ModelConfig) -> FastGRPO
 
 
 def reward_settings(config: FastGRPOConfig) -> dict:
-    """The trainer's rewards: those named, or a recipe's with its rules."""
+    """The trainer's rewards: those named, or a recipe's with its rules and its environment."""
     if config.recipe is None:
         functions = [find_reward(name, config.reward_compat) for name in config.reward_funcs]
         weights = config.reward_weights

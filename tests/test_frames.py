@@ -240,6 +240,10 @@ def test_an_answer_may_name_its_image():
     for said in (f"Image 2: {box}", f'{{"image_index": 1, "bbox_2d": {box}}}', f"第二张图 {box}"):
         assert function(["Where?"], [f"<answer>{said}</answer>"], **given) == [pytest.approx(1)]
     assert function(["Where?"], [f"<answer>{box}</answer>"], **given) == [None]
+    thought = "<think>Not in image 1, but in image 2.</think>"
+    assert function(["Where?"], [f"{thought}<answer>{box}</answer>"], **given) == [None]
+    said = f"{thought}<answer>Image 2: {box}</answer>"
+    assert function(["Where?"], [said], **given) == [pytest.approx(1)]
 
 
 @pytest.mark.parametrize("row", TABLE, ids=[row[0] for row in TABLE])

@@ -33,6 +33,7 @@ from fastgrpo.images import ImageFault, image_size
 from fastgrpo.rewards.read.chat import question_text
 from fastgrpo.rewards.read.faults import BadColumn
 from fastgrpo.rewards.read.images import named_image
+from fastgrpo.rewards.read.tags import last_answer
 
 Size = tuple[float, float]
 
@@ -157,7 +158,8 @@ class RowFrames:
         """Which of the row's sizes holds: the column's, else the image that words name."""
         if len(self.sizes) == 1:
             return 0
-        for said in (question_text(self.row.get("prompts")), self.text):
+        question = question_text(self.row.get("prompts"))
+        for said in (question, last_answer(self.text), self.text):
             index = named_image(said, len(self.sizes))
             if index is not None:
                 return index
@@ -200,8 +202,8 @@ def row_frames(
     for name in stated:
         if name is not None:
             _kind(name)
-    told = COLUMNS if columns.keys() - {"prompts"} else ()  # a question alone has no frame
-    if not any(stated) and not any(columns.get(name) for name in told if name != "prompts"):
+    told = (name for name in COLUMNS if name != "prompts")  # a question alone is in no frame
+    if not any(stated) and not any(columns.get(name) for name in told):
         return [SAME] * size
     texts = texts or [""] * size
     return [_row(_values(columns, i), *stated, texts[i]) for i in range(size)]

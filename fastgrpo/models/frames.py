@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+import numpy as np
+from torch import Tensor
 
 from fastgrpo.images import ImageFault, image_size
 from fastgrpo.models.family import Coordinates
@@ -92,4 +93,5 @@ def seen_sizes(processor: Any, fields: Mapping[str, Any], count: int) -> list[Si
 
 
 def _listed(grids: Any) -> list[list[int]]:
-    return torch.as_tensor(grids).reshape(-1, 3).tolist()
+    grids = grids if isinstance(grids, Tensor) else np.asarray(grids)
+    return grids.reshape(-1, 3).tolist()

@@ -225,16 +225,17 @@ def test_thoughts_that_the_tokenizer_parsed_away_are_read():
     assert rewards.get("vlm_r1/format")(None, [[message | {"reasoning_content": None}]]) == [0.0]
 
 
+# As Qwen's: a line break after the role and after each message.
 TEMPLATE = (
-    "{%- for message in messages -%}<|im_start|>{{ message.role }}\n"
+    "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\\n' }}"
     "{%- if message.content is string -%}{{ message.content }}"
     "{%- else -%}{%- for part in message.content -%}"
     "{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>"
     "{%- else -%}{{ part.text }}{%- endif -%}{%- endfor -%}{%- endif -%}"
     "{%- for call in message.tool_calls or [] -%}"
     "<tool_call>{{ call.function | tojson }}</tool_call>{%- endfor -%}"
-    "<|im_end|>\n{%- endfor -%}"
-    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+    "{{ '<|im_end|>\\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
 
 

@@ -8,12 +8,22 @@ from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict
 from trl.trainer.utils import unsplit_pixel_values_by_grid as unsplit_pixel_values
 
+from fastgrpo.integrations.trl.distinct import distinct_rows
 from fastgrpo.integrations.trl.rows import plan_micro_batches
+from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.frames import frame_columns, model_frame
 
 
 class BatchMixin:
-    """Whole groups in one micro-batch, and placeholders the policy sampled out of the loss."""
+    """Whole groups in one micro-batch, each of their prompts read by the processor once, and
+    placeholders the policy sampled out of the loss."""
+
+    def _generate_and_score_completions(self, inputs):
+        if self._padded_reason:
+            return super()._generate_and_score_completions(inputs)
+        family = Adapter(self.accelerator.unwrap_model(self.model)).family
+        with distinct_rows(self, family):
+            return super()._generate_and_score_completions(inputs)
 
     def _tokenize_prompts(self, prompts):
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)

@@ -1,0 +1,119 @@
+"""A processor that reads each distinct row of a batch once.
+
+TRL hands it every row of a generation batch, G rows a prompt, once to tokenize and once for the
+images. Letters: B rows, R of them distinct.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from fastgrpo.models.family import Family
+
+
+@contextlib.contextmanager
+def distinct_rows(trainer, family: Family) -> Iterator[None]:
+    """Inside, the trainer's processor returns what it always does, and reads neighbouring rows of
+    the same text and images once; tokenizers, which are fast, stay as they are."""
+    processor = trainer.processing_class
+    if isinstance(processor, ProcessorMixin) and family.vision_inputs:
+        trainer.processing_class = _standing_in(processor, family)
+    try:
+        yield
+    finally:
+        trainer.processing_class = processor
+
+
+def _standing_in(processor: ProcessorMixin, family: Family) -> ProcessorMixin:
+    """An object of the processor's class that shares all its attributes; only calls differ."""
+    cls = type(processor)
+
+    class OfDistinctRows(cls):
+        def __call__(self, images=None, text=None, **kwargs):
+            read = super().__call__
+            if not _by_row(images, text):
+                return read(images=images, text=text, **kwargs)
+            return _read(read, family, images, text, kwargs)
+
+    other = object.__new__(OfDistinctRows)
+    other.__dict__ = processor.__dict__
+    return other
+
+
+def _by_row(images: Any, text: Any) -> bool:
+    """Whether each row is one text and the list of its images."""
+    return (
+        isinstance(images, list)
+        and isinstance(text, list)
+        and len(images) == len(text)
+        and all(row is None or isinstance(row, (list, tuple)) for row in images)
+    )
+
+
+def _read(read, family: Family, images: list, text: list[str], kwargs: dict):
+    kept, number = [0], [0]  # the distinct rows, and which of them each row is
+    for i in range(1, len(text)):
+        if not (text[i] == text[kept[-1]] and _same(images[i], images[kept[-1]])):
+            kept.append(i)
+        number.append(len(kept) - 1)
+    if len(kept) < len(text):
+        some = read(images=[images[i] for i in kept], text=[text[i] for i in kept], **kwargs)
+        counts = [len(images[i] or ()) for i in kept]
+        if (fields := _repeated(family, some, counts, number)) is not None:
+            return type(some)(fields)
+    return read(images=images, text=text, **kwargs)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two rows' images are equal in every pixel."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return bool(a == b)
+
+
+def _repeated(
+    family: Family, fields: Mapping[str, Any], counts: list[int], number: Sequence[int]
+) -> dict[str, Any] | None:
+    """The fields of rows `number` (B,) from those of R distinct rows with `counts` images each.
+
+    None where a field is neither one entry a row nor what the family takes apart: undone and made
+    again, the R rows must give the same fields.
+    """
+    repeated = {}
+    for name in fields.keys() - set(family.vision_inputs):
+        if len(fields[name]) != len(counts):
+            return None
+        repeated[name] = _rows(fields[name], number)
+    vision = {
+        name: torch.as_tensor(np.asarray(fields[name]))
+        for name in family.vision_inputs
+        if fields.get(name) is not None
+    }
+    if all(count == 1 for count in counts) and all(len(x) == len(counts) for x in vision.values()):
+        return repeated | {name: _rows(x, number) for name, x in vision.items()}
+    rows = family.split_rows(vision, counts, len(counts))
+    again = family.join_images([row for row in rows if row])
+    if again.keys() != vision.keys() or any(not torch.equal(again[k], vision[k]) for k in vision):
+        return None
+    return repeated | family.join_images([rows[n] for n in number if rows[n]])
+
+
+def _rows(values: Any, number: Sequence[int]) -> Any:
+    if isinstance(values, Tensor):
+        return values[torch.tensor(number)]
+    return [values[n] for n in number]

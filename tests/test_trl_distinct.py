@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The processor stand-in: what it returns is what the processor returns, distinct rows read once."""
 
 import types

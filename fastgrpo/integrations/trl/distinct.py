@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A processor that reads each distinct row of a batch once.
 
 TRL hands it every row of a generation batch, G rows a prompt, once to tokenize and once for the

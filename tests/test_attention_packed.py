@@ -44,11 +44,12 @@ def attend(name, inputs, layout, window=None):
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("heads, kv_heads", ((4, 4), (4, 2), (7, 1)))
 @pytest.mark.parametrize("window", (None, 4))
-def test_kvgather_equals_dense(row, heads, kv_heads, window):
+@pytest.mark.parametrize("backend", ("kvgather", "prefix_cpu"))
+def test_backend_on_the_cpu_equals_dense(row, heads, kv_heads, window, backend):
     layout = GroupLayout(ROWS[row])
     inputs = qkv(layout.total, heads, kv_heads, 8)
     want, want_grads = attend("dense", inputs, layout, window)
-    got, got_grads = attend("kvgather", inputs, layout, window)
+    got, got_grads = attend(backend, inputs, layout, window)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
     for a, b in zip(got_grads, want_grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
@@ -73,6 +74,31 @@ def test_kvgather_equals_dense_with_tokens_that_see_both_ways(row, window):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
 
 
+def test_prefix_cpu_merges_parts_of_very_different_weight():
+    """Own keys that outweigh the prompt's by e^90, and the other way round, in float32."""
+    layout = GroupLayout([(5, [3, 2])])
+    query, key, value = (x.abs() for x in qkv(layout.total, 2, 1, 8))
+    for part in (slice(0, 5), slice(5, 10)):
+        keys = torch.zeros_like(key)
+        keys[part] = 60.0 * key[part]
+        want, want_grads = attend("dense", [query, keys, value], layout)
+        got, got_grads = attend("prefix_cpu", [x.float() for x in (query, keys, value)], layout)
+        for a, b in zip((got, *got_grads), (want, *want_grads), strict=True):
+            torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
+
+
+def test_prefix_cpu_needs_gradients_of_some_inputs_only():
+    layout = GroupLayout(ROWS["many"])
+    query, key, value = qkv(layout.total, 4, 2, 8)
+    value.requires_grad_()
+    out = get_backend("prefix_cpu").attend(query, key, value, layout, scale=0.3)
+    (got,) = torch.autograd.grad(out.sum(), value)
+    want = attend("dense", [query, key, value.detach()], layout)[0]
+    torch.testing.assert_close(out.detach(), want, atol=1e-12, rtol=0)
+    out = get_backend("dense").attend(query, key, value, layout, scale=0.3)
+    torch.testing.assert_close(got, torch.autograd.grad(out.sum(), value)[0])
+
+
 @pytest.mark.parametrize("window", (None, 4))
 def test_blocks_add_pairs_to_the_causal_mask_and_take_none(window):
     plain = GroupLayout(ROWS["many"]).dense_mask(window)
@@ -94,7 +120,7 @@ def test_blocks_lie_inside_one_prompt_and_apart(blocks):
 def test_backends_without_a_mask_refuse_tokens_that_see_both_ways():
     device = torch.device("cpu")
     assert attention.choose_backend(None, device, torch.float32, 64, blocks=True) == "kvgather"
-    for name in ("triton", "flash_attn", "torch_varlen", "xformers"):
+    for name in ("triton", "flash_attn", "torch_varlen", "xformers", "prefix_cpu"):
         with pytest.raises(fg.InputError, match=f"backend='{name}' .* see both ways"):
             attention.choose_backend(name, device, torch.float32, 64, blocks=True)
         layout = GroupLayout(ROWS["one_group"], backend=name, blocks=BLOCKS["one_group"])
@@ -211,7 +237,9 @@ def test_what_a_layout_cannot_express_is_refused():
 
 
 def test_backend_names():
-    assert attention.choose_backend(None, torch.device("cpu"), torch.float32, 64) == "kvgather"
+    cpu = torch.device("cpu")
+    assert attention.choose_backend(None, cpu, torch.float32, 64) == "prefix_cpu"
+    assert attention.choose_backend(None, cpu, torch.bfloat16, 64) == "kvgather"
     with pytest.raises(fg.InputError, match="backend must be one of .*dense"):
         attention.choose_backend("fast", torch.device("cpu"), torch.float32, 64)
 

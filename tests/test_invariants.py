@@ -9,7 +9,7 @@ from fastgrpo.testing import models as tm
 
 pytestmark = pytest.mark.engine
 
-BACKENDS = ("dense", "kvgather")
+BACKENDS = ("dense", "kvgather", "prefix_cpu")
 VLMS = ("qwen2_5_vl", "qwen3_vl")
 
 

@@ -12,7 +12,7 @@ from fastgrpo.testing import models as tm
 pytestmark = pytest.mark.engine
 QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
-BACKENDS = ("dense", "kvgather")
+BACKENDS = ("dense", "kvgather", "prefix_cpu")
 IMAGES = {0: (), 1: ((4, 6),), 2: ((4, 4), (6, 10))}
 # ragged crosses a power of two; one-token completions have only the shared prompt row to predict
 LENGTHS = {"single": (5,), "ragged": (9, 1, 4, 8), "one_token": (1, 1, 1)}

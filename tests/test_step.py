@@ -102,7 +102,7 @@ def test_step_float64_equals_plain(options, max_tokens):
 
 
 @pytest.mark.parametrize("family", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llama"))
-@pytest.mark.parametrize("backend", ("dense", "kvgather"))
+@pytest.mark.parametrize("backend", ("dense", "kvgather", "prefix_cpu"))
 def test_step_float32(family, backend):
     model = tm.tiny_model(family)
     groups = off_policy(model, tm.synthetic_groups(model))

@@ -44,6 +44,7 @@ BACKENDS = {
     "flash_attn": "fastgrpo.attention.flash_attn",
     "triton": "fastgrpo.attention.triton",
     "torch_varlen": "fastgrpo.attention.torch_varlen",
+    "prefix_cpu": "fastgrpo.attention.prefix_cpu",
     "kvgather": "fastgrpo.attention.kvgather",
     "dense": "fastgrpo.attention.dense",
     "xformers": "fastgrpo.attention.xformers",

@@ -55,18 +55,23 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *, scale: f
     """
     bounds = bounds.cpu().to(torch.int64)
     lengths = bounds[1:] - bounds[:-1]
+    kinds = [length for length in lengths.unique().tolist() if length]
+    if len(kinds) == 1:  # blocks alike and in order: nothing is gathered
+        return _attend_blocks(q, k, v, kinds[0], scale)
     outs, order = [], []
-    for length in lengths.unique().tolist():
-        if length == 0:
-            continue
+    for length in kinds:
         starts = bounds[:-1][lengths == length]
         index = (starts[:, None] + torch.arange(length)).reshape(-1)
         order.append(index)
         index = index.to(q.device)
-        x, y, z = (
-            t.index_select(0, index).unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v)
-        )
-        out = scaled_dot_product_attention(x, y, z, scale=scale)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
+        inputs = (t.index_select(0, index) for t in (q, k, v))
+        outs.append(_attend_blocks(*inputs, length, scale))
     restore = torch.argsort(torch.cat(order)).to(q.device)
     return torch.cat(outs).index_select(0, restore)
+
+
+def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> Tensor:
+    """Full attention inside each run of `length` tokens."""
+    x, y, z = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v))
+    out = scaled_dot_product_attention(x, y, z, scale=scale)
+    return out.transpose(1, 2).flatten(0, 1)

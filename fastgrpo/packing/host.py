@@ -42,8 +42,32 @@ def device_copies(tensors: Sequence[Tensor], device: torch.device | str) -> list
 def first_equal(items: Sequence[Mapping[str, Tensor]]) -> list[int]:
     """For each item the index of the first that equals it in names, dtypes, shapes and elements.
 
-    Checksums find candidates and comparisons decide; a device is read once for each.
+    On the host, items that equal the one before them, as a group's do, are found by that comparison
+    alone. For the others checksums find candidates and comparisons decide; a device is read once
+    for each.
     """
+    first = list(range(len(items)))
+    for i in range(1, len(items)):
+        if _equal_on_host(items[i - 1], items[i]):
+            first[i] = first[i - 1]
+    chosen = sorted(set(first))
+    among = _first_among([items[i] for i in chosen])
+    where = {i: chosen[c] for i, c in zip(chosen, among, strict=True)}
+    return [where[i] for i in first]
+
+
+def _equal_on_host(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two items hold the same and lie on the host."""
+    return a.keys() == b.keys() and all(
+        on_host(x)
+        and on_host(b[name])
+        and x.dtype == b[name].dtype
+        and (_same_memory(x, b[name]) or torch.equal(x, b[name]))
+        for name, x in a.items()
+    )
+
+
+def _first_among(items: Sequence[Mapping[str, Tensor]]) -> list[int]:
     named = [sorted(item.items()) for item in items]
     sums = host_copies([x.sum(dtype=torch.float64) for item in named for _, x in item])
     sums = iter(torch.stack(sums).tolist() if sums else ())
@@ -79,7 +103,8 @@ def _equal(items: Sequence[Mapping[str, Tensor]], pairs: Sequence[tuple[int, int
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.numel() > 0)
+    same = a.shape == b.shape and a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+    return a is b or (same and a.numel() > 0)
 
 
 def _room(x: Tensor) -> int:

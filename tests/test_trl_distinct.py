@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processor stand-in: what it returns is what the processor returns, distinct rows read once."""
+"""The processor stand-in returns what the processor returns, distinct rows read once."""
 
 import types
 

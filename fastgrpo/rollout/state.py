@@ -47,6 +47,7 @@ class DecodeState(ForksStates):
     ):
         super().__init__(states, group_size)
         lengths = torch.tensor([layers[0][0].shape[0] for layers in prefixes])
+        self.ragged = bool((lengths != lengths[0]).any())
         self.group_size, self.total = group_size, len(prefixes) * group_size
         self.steps_done, self.calls = 0, 0
         self.prefix = [
@@ -68,31 +69,39 @@ class DecodeState(ForksStates):
         self.calls += 1
         own_key, own_value = self.own[layer]
         own_key[:, :, t], own_value[:, :, t] = key, value
+        own = slice(self._first(window), t + 1)
         prefix_key, prefix_value = self.prefix[layer]
-        prompts, heads = prefix_key.shape[:2]
-        q = query.unflatten(1, (heads, -1))  # (B, K, R, D)
-        grouped = q.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)  # (P, K, G R, D)
-        far = (grouped @ prefix_key.transpose(2, 3)).masked_fill(
-            self._hidden(window)[:, None, None], float("-inf")
-        )
-        far = far.unflatten(2, (self.group_size, -1)).transpose(1, 2).flatten(0, 1)  # (B, K, R, L)
-        near = q @ own_key[:, :, self._first(window) : t + 1].transpose(2, 3)
-        scores = torch.cat([far, near], -1) * scale
+        q = (query * scale).unflatten(1, (prefix_key.shape[1], -1))  # (B, K, R, D)
+        far = self._of_prompts(q) @ prefix_key.transpose(2, 3)  # (P, K, G R, L)
+        if (hidden := self._hidden(window)) is not None:
+            far.masked_fill_(hidden[:, None, None], float("-inf"))
+        near = q @ own_key[:, :, own].transpose(2, 3)  # (B, K, R, t + 1)
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        weights = torch.softmax(scores, -1, dtype=wide).to(query.dtype)
-        far, near = weights.split([prefix_key.shape[2], near.shape[-1]], -1)
-        far = far.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
-        out = (far @ prefix_value).unflatten(2, (self.group_size, -1)).transpose(1, 2)
-        out = out.flatten(0, 1) + near @ own_value[:, :, self._first(window) : t + 1]
-        return out.flatten(1, 2)
+        far, near = far.to(wide), near.to(wide)
+        # One softmax over both parts: about their common maximum, which own keys keep finite.
+        top = torch.maximum(self._of_prompts(near.amax(-1, True)), far.amax(-1, True))
+        far.sub_(top).exp_()
+        near.sub_(self._of_rows(top)).exp_()
+        total = near.sum(-1, True) + self._of_rows(far.sum(-1, True))
+        out = self._of_rows(far.to(query.dtype) @ prefix_value)
+        out += near.to(query.dtype) @ own_value[:, :, own]
+        return (out / total).to(query.dtype).flatten(1, 2)
+
+    def _of_prompts(self, x: Tensor) -> Tensor:
+        """(B, K, R, ...) -> (P, K, G R, ...): the rows that share a prompt's keys."""
+        return x.unflatten(0, (-1, self.group_size)).transpose(1, 2).flatten(2, 3)
+
+    def _of_rows(self, x: Tensor) -> Tensor:
+        """(P, K, G R, ...) -> (B, K, R, ...)"""
+        return x.unflatten(2, (self.group_size, -1)).transpose(1, 2).flatten(0, 1)
 
     def _first(self, window: int | None) -> int:
         return 0 if window is None else max(self.steps_done + 1 - window, 0)
 
-    def _hidden(self, window: int | None) -> Tensor:
-        """(P, L) prompt keys a query of this step does not see."""
+    def _hidden(self, window: int | None) -> Tensor | None:
+        """(P, L) prompt keys a query of this step does not see; None: it sees all."""
         if window is None:
-            return self.padding
+            return self.padding if self.ragged else None
         position = self.lengths[:, None] + self.steps_done
         return self.padding | (position - self.column >= window)
 

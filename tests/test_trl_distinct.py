@@ -11,14 +11,19 @@ from PIL import Image
 pytest.importorskip("trl")
 
 from fastgrpo.integrations.trl.distinct import _repeated, distinct_rows  # noqa: E402
-from fastgrpo.models import families  # noqa: E402
+from fastgrpo.models.adapter import Adapter  # noqa: E402
 from fastgrpo.testing.models import tiny_model  # noqa: E402
 from fastgrpo.testing.processors import tiny_processor  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return tiny_processor(tiny_model("qwen2_5_vl").config)
+def adapter():
+    return Adapter(tiny_model("qwen2_5_vl"))
+
+
+@pytest.fixture(scope="module")
+def processor(adapter):
+    return tiny_processor(adapter.config)
 
 
 def picture(seed: int, side: int = 24) -> Image.Image:
@@ -43,7 +48,7 @@ def rows() -> list[list[dict]]:
     ]
 
 
-def read_both(processor, run, family: str = "qwen2_5_vl"):
+def read_both(adapter, processor, run):
     """What `run` returns with the processor and with its stand-in, and the rows the latter read."""
     trainer, seen = types.SimpleNamespace(processing_class=processor), []
     plain, original = run(processor), type(processor).__call__
@@ -54,7 +59,7 @@ def read_both(processor, run, family: str = "qwen2_5_vl"):
 
     type(processor).__call__ = counted
     try:
-        with distinct_rows(trainer, families()[family]):
+        with distinct_rows(trainer, adapter):
             assert isinstance(trainer.processing_class, type(processor))
             distinct = run(trainer.processing_class)
     finally:
@@ -73,31 +78,31 @@ def assert_same(plain, distinct) -> None:
             assert torch.equal(expected, torch.as_tensor(np.asarray(distinct[name]))), name
 
 
-def test_a_chat_template_reads_a_group_once(processor):
+def test_a_chat_template_reads_a_group_once(adapter, processor):
     def run(chosen):
         return chosen.apply_chat_template(
             rows(), add_generation_prompt=True, tokenize=True, return_dict=True
         )
 
-    plain, distinct, seen = read_both(processor, run)
+    plain, distinct, seen = read_both(adapter, processor, run)
     assert_same(plain, distinct)
     assert seen == [5]
 
 
-def test_a_padded_call_reads_a_group_once(processor):
+def test_a_padded_call_reads_a_group_once(adapter, processor):
     texts = [processor.apply_chat_template(row, tokenize=False) for row in rows()]
     images = [[p["image"] for p in row[0]["content"] if p["type"] == "image"] for row in rows()]
 
     def run(chosen):
         return chosen(images=images, text=texts, padding=True, return_tensors="pt")
 
-    plain, distinct, seen = read_both(processor, run)
+    plain, distinct, seen = read_both(adapter, processor, run)
     assert_same(plain, distinct)
     assert isinstance(distinct["pixel_values"], torch.Tensor)
     assert seen == [5]
 
 
-def test_rows_that_differ_in_one_pixel_are_read_apart(processor):
+def test_rows_that_differ_in_one_pixel_are_read_apart(adapter, processor):
     other = picture(0)
     other.putpixel((3, 3), (1, 2, 3))
     prompts = [chat("a", picture(0)), chat("a", other)]
@@ -105,16 +110,18 @@ def test_rows_that_differ_in_one_pixel_are_read_apart(processor):
     def run(chosen):
         return chosen.apply_chat_template(prompts, tokenize=True, return_dict=True)
 
-    plain, distinct, seen = read_both(processor, run)
+    plain, distinct, seen = read_both(adapter, processor, run)
     assert_same(plain, distinct)
     assert seen == [2]
 
 
-def test_one_conversation_and_rendering_are_the_processors_own(processor):
+def test_one_conversation_and_rendering_are_the_processors_own(adapter, processor):
     for options in ({"tokenize": False}, {"tokenize": True, "return_dict": True}):
         prompt = chat("a", picture(0))
         plain, distinct, _ = read_both(
-            processor, lambda chosen, o=options, p=prompt: chosen.apply_chat_template(p, **o)
+            adapter,
+            processor,
+            lambda chosen, o=options, p=prompt: chosen.apply_chat_template(p, **o),
         )
         if options["tokenize"]:
             assert_same(plain, distinct)
@@ -122,22 +129,23 @@ def test_one_conversation_and_rendering_are_the_processors_own(processor):
             assert plain == distinct
 
 
-def test_fields_a_family_cannot_take_apart_are_not_repeated():
+def test_fields_a_family_cannot_take_apart_are_not_repeated(adapter):
     """SmolVLM's rows hold images padded to the most of any row; a field of no known structure."""
     mixed = {
         "pixel_values": torch.rand(2, 2, 3, 8, 8),
         "pixel_attention_mask": torch.ones(2, 2, 8, 8, dtype=torch.bool),
     }
-    assert _repeated(families()["smolvlm"], mixed, [2, 2], [0, 0, 1]) is None
-    fields = {
+    ids = {"input_ids": torch.zeros(2, 3, dtype=torch.int64)}
+    smolvlm = Adapter(tiny_model("smolvlm"))
+    assert _repeated(smolvlm, ids | mixed, [2, 2], [0, 0, 1]) is None
+    fields = ids | {
         "pixel_values": torch.rand(8, 6),
         "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]]),
         "other": torch.rand(3),
     }
-    family = families()["qwen2_5_vl"]
-    assert _repeated(family, fields, [1, 1], [0, 0, 1]) is None
+    assert _repeated(adapter, fields, [1, 1], [0, 0, 1]) is None
     del fields["other"]
-    again = _repeated(family, fields, [1, 1], [0, 0, 1])
+    again = _repeated(adapter, fields, [1, 1], [0, 0, 1])
     first, second = fields["pixel_values"].split(4)
     assert torch.equal(again["pixel_values"], torch.cat([first, first, second]))
 
@@ -147,6 +155,6 @@ def test_rows_of_one_image_each_are_repeated_whole():
         "pixel_values": torch.rand(2, 3, 3, 8, 8),  # LLaVA-NeXT: padded to the most tiles
         "image_sizes": torch.tensor([[8, 8], [8, 16]]),
     }
-    again = _repeated(families()["llava_next"], fields, [1, 1], [0, 1, 1])
+    again = _repeated(Adapter(tiny_model("llava_next")), fields, [1, 1], [0, 1, 1])
     assert torch.equal(again["pixel_values"], fields["pixel_values"][[0, 1, 1]])
     assert again["image_sizes"].tolist() == [[8, 8], [8, 16], [8, 16]]

@@ -21,8 +21,7 @@ class BatchMixin:
     def _generate_and_score_completions(self, inputs):
         if self._padded_reason:
             return super()._generate_and_score_completions(inputs)
-        family = Adapter(self.accelerator.unwrap_model(self.model)).family
-        with distinct_rows(self, family):
+        with distinct_rows(self, Adapter(self.accelerator.unwrap_model(self.model))):
             return super()._generate_and_score_completions(inputs)
 
     def _tokenize_prompts(self, prompts):

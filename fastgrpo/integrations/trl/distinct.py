@@ -16,36 +16,37 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from fastgrpo.models.family import Family
+from fastgrpo.models.adapter import Adapter
 
 
 @contextlib.contextmanager
-def distinct_rows(trainer, family: Family) -> Iterator[None]:
+def distinct_rows(trainer, adapter: Adapter) -> Iterator[None]:
     """Inside, the trainer's processor returns what it always does, and reads neighbouring rows of
     the same text and images once; tokenizers, which are fast, stay as they are."""
     processor = trainer.processing_class
-    if isinstance(processor, ProcessorMixin) and family.vision_inputs:
-        trainer.processing_class = _standing_in(processor, family)
+    if isinstance(processor, ProcessorMixin) and adapter.family.vision_inputs:
+        trainer.processing_class = _standing_in(processor, adapter)
     try:
         yield
     finally:
         trainer.processing_class = processor
 
 
-def _standing_in(processor: ProcessorMixin, family: Family) -> ProcessorMixin:
+def _standing_in(processor: ProcessorMixin, adapter: Adapter) -> ProcessorMixin:
     """An object of the processor's class that shares all its attributes; only calls differ."""
     cls = type(processor)
 
     class OfDistinctRows(cls):
         def __call__(self, images=None, text=None, **kwargs):
             read = super().__call__
-            if not _by_row(images, text):
+            other = any(kwargs.get(kind) is not None for kind in ("videos", "audio"))
+            if other or not _by_row(images, text):
                 return read(images=images, text=text, **kwargs)
-            return _read(read, family, images, text, kwargs)
+            return _read(read, adapter, images, text, kwargs)
 
-    other = object.__new__(OfDistinctRows)
-    other.__dict__ = processor.__dict__
-    return other
+    double = object.__new__(OfDistinctRows)
+    double.__dict__ = processor.__dict__
+    return double
 
 
 def _by_row(images: Any, text: Any) -> bool:
@@ -58,7 +59,7 @@ def _by_row(images: Any, text: Any) -> bool:
     )
 
 
-def _read(read, family: Family, images: list, text: list[str], kwargs: dict):
+def _read(read, adapter: Adapter, images: list, text: list[str], kwargs: dict):
     kept, number = [0], [0]  # the distinct rows, and which of them each row is
     for i in range(1, len(text)):
         if not (text[i] == text[kept[-1]] and _same(images[i], images[kept[-1]])):
@@ -67,7 +68,7 @@ def _read(read, family: Family, images: list, text: list[str], kwargs: dict):
     if len(kept) < len(text):
         some = read(images=[images[i] for i in kept], text=[text[i] for i in kept], **kwargs)
         counts = [len(images[i] or ()) for i in kept]
-        if (fields := _repeated(family, some, counts, number)) is not None:
+        if (fields := _repeated(adapter, some, counts, number)) is not None:
             return type(some)(fields)
     return read(images=images, text=text, **kwargs)
 
@@ -88,14 +89,14 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _repeated(
-    family: Family, fields: Mapping[str, Any], counts: list[int], number: Sequence[int]
+    adapter: Adapter, fields: Mapping[str, Any], counts: list[int], number: Sequence[int]
 ) -> dict[str, Any] | None:
     """The fields of rows `number` (B,) from those of R distinct rows with `counts` images each.
 
     None where a field is neither one entry a row nor what the family takes apart: undone and made
     again, the R rows must give the same fields.
     """
-    repeated = {}
+    family, repeated = adapter.family, {}
     for name in fields.keys() - set(family.vision_inputs):
         if len(fields[name]) != len(counts):
             return None
@@ -107,7 +108,8 @@ def _repeated(
     }
     if all(count == 1 for count in counts) and all(len(x) == len(counts) for x in vision.values()):
         return repeated | {name: _rows(x, number) for name, x in vision.items()}
-    rows = family.split_rows(vision, counts, len(counts))
+    images = family.image_counts(adapter.config, fields["input_ids"], vision, counts)
+    rows = family.split_rows(vision, images, len(counts))
     again = family.join_images([row for row in rows if row])
     if again.keys() != vision.keys() or any(not torch.equal(again[k], vision[k]) for k in vision):
         return None

@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from fastgrpo import rewards
+from fastgrpo.evaluation import task
 from fastgrpo.images import load_image
 from fastgrpo.integrations.trl.frames import drawn_frames
 from fastgrpo.models import families
@@ -117,6 +118,30 @@ def test_the_report_draws_the_same_boxes(family, situation, tmp_path):
         assert json.loads(drawn)["index"] == len(frames["image_sizes"]) - 1
         boxes = drawn_boxes({"solution": row["solution"], "frames": drawn}, text)
         assert close_to(boxes[0], [BOX]) and close_to(boxes[1], [MOVED]), truth
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("family", STATING)
+def test_an_evaluation_measures_in_the_same_frames(family, situation, tmp_path):
+    frames, seen = told(tmp_path, situation, family)
+    said = STATING[family]
+    texts = [f"<answer>{by_hand(box, said, seen=seen)}</answer>" for box in (BOX, MOVED)]
+    for truth in TRUTHS:
+        row = {"solution": json.dumps(by_hand(BOX, truth, seen=seen)), "prompt": "q", **frames}
+        scored, figures = task("rec")([row, row], texts, solution_frame=truth)
+        values = [one.value for one in scored]
+        assert values == pytest.approx([1, 1 / 3], abs=1e-6), truth
+        assert figures["mean_iou"] == pytest.approx(2 / 3, abs=1e-6)
+        assert close_to(scored[1].truth, [BOX]) and close_to(scored[1].said, [MOVED])
+
+
+def test_an_evaluation_follows_an_image_named_in_words(tmp_path):
+    frames, seen = told(tmp_path, "two images", "qwen2_5_vl")
+    del frames["image_index"]
+    row = {"solution": str(BOX), "prompt": [{"role": "user", "content": "second image?"}], **frames}
+    text = f"<answer>{by_hand(BOX, 'seen', seen=seen)}</answer>"
+    (one,), _ = task("rec")([row], [text])
+    assert one.value == pytest.approx(1)
 
 
 def close_to(boxes, expected):

@@ -62,7 +62,8 @@ class Task:
             raise InputError(f"{unknown.pop()}: expected one of {', '.join(SETTINGS)}")
         columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(
             name for row in rows for name in row)}  # fmt: skip
-        scored = self.score(rows, texts, row_frames(columns, len(rows), frames))
+        columns["prompts"] = [row.get("prompt") for row in rows]  # may name one of several images
+        scored = self.score(rows, texts, row_frames(columns, len(rows), frames, texts))
         counted = [one for one in scored if one.value is not None]
         if not counted:
             first = next((one.fault for one in scored), "there is none")

@@ -14,7 +14,6 @@ import numpy as np
 from torch import Tensor
 
 from fastgrpo.images import ImageFault, image_size
-from fastgrpo.models.family import Coordinates
 from fastgrpo.models.registry import families
 from fastgrpo.rewards.geometry.frames import UNSTATED, Size
 
@@ -25,15 +24,6 @@ _FRAMES = {
     ("thousandths", "yxyx"): "thousandths_yx",
     ("1024ths", "yxyx"): "locations",
 }
-# Of families that are trained by TRL's padded path.
-_PADDED = {
-    "paligemma": Coordinates(
-        "1024ths",
-        "google-research/big_vision, configs/proj/paligemma/README.md: <loc0000> to <loc1023>; "
-        "y first in its detection examples",
-        order="yxyx",
-    )
-}
 
 
 def model_frame(config: Any) -> str | None:
@@ -41,9 +31,8 @@ def model_frame(config: Any) -> str | None:
 
     "unstated" for a vision model whose family states none, None for a model without vision.
     """
-    kind = getattr(config, "model_type", None)
-    family = families().get(kind)
-    stated = _PADDED.get(kind) if family is None else family.coordinates
+    family = families().get(getattr(config, "model_type", None))
+    stated = family and family.coordinates
     if stated is not None:
         return _FRAMES[stated.frame, stated.order]
     return UNSTATED if getattr(config, "vision_config", None) is not None else None

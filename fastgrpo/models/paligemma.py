@@ -18,7 +18,10 @@ class PaliGemma(Tiles):
     """
 
     coordinates = Coordinates(
-        "1024ths", "PaliGemma, arXiv 2407.07726: loc tokens of 1024 bins, y before x", order="yxyx"
+        "1024ths",
+        "google-research/big_vision, configs/proj/paligemma/README.md: <loc0000> to <loc1023>; "
+        "y first in its detection examples",
+        order="yxyx",
     )
     decoders = ("gemma",)
     tiny_decoder = "gemma"

@@ -31,7 +31,7 @@ HEADERS = sorted(str(p) for p in Path("csrc").rglob("*.h"))
 CXX_FLAGS = (
     "-O3 -std=c++17 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -Wno-psabi -pthread"
 )
-CONTRACT = {"csrc/cpu/offset_exp.cpp": "fast"}
+CONTRACT = {"csrc/cpu/offset_exp.cpp": "fast", "csrc/cpu/linear_kl.cpp": "fast"}
 
 
 class Unavailable(Exception):

@@ -62,21 +62,25 @@ static void check_pairs(const int64_t* a, const int64_t* b, const int64_t* pairs
   check(fits, "offsets", "the running sum of rows times columns");
 }
 
+// Row stride, in floats, of a writeable (C, V) array whose rows are contiguous and apart.
+static int64_t row_stride(const py::array_t<float>& array, const char* name) {
+  check(array.ndim() == 2 && array.writeable(), name, "a writeable (C, V) array");
+  const int64_t rows = array.shape(0), columns = array.shape(1);
+  check(rows == 0 || columns <= 1 || array.strides(1) == 4, name, "a contiguous last dimension");
+  check(rows <= 1 || (array.strides(0) % 4 == 0 && array.strides(0) >= 4 * columns), name,
+        "rows that do not overlap");
+  return rows > 1 ? array.strides(0) / 4 : columns;
+}
+
 static void bind_offset_exp(py::array_t<float> logits, Array<int64_t> targets,
                             Maybe<float> inv_temperature, Maybe<float> bias,
                             Maybe<float> given_target_logit, float logit_scale, float softcap,
                             bool bfloat16, Array<float> sum_exp, Array<float> target_logit,
                             Maybe<float> moment, Array<uint8_t> overflow, int threads) {
-  check(logits.ndim() == 2 && logits.writeable(), "logits", "a writeable (C, V) array");
-  const int64_t rows = logits.shape(0), vocab = logits.shape(1);
-  check(rows == 0 || vocab <= 1 || logits.strides(1) == 4, "logits", "a contiguous last dimension");
-  check(rows <= 1 || (logits.strides(0) % 4 == 0 && logits.strides(0) >= 4 * vocab), "logits",
-        "rows that do not overlap");
   OffsetExpParams p{};
+  p.stride = row_stride(logits, "logits");
+  const int64_t rows = p.rows = logits.shape(0), vocab = p.vocab = logits.shape(1);
   p.logits = logits.mutable_data();
-  p.rows = rows;
-  p.vocab = vocab;
-  p.stride = rows > 1 ? logits.strides(0) / 4 : vocab;
   p.targets = pointer(targets, rows, "targets");
   p.inv_temperature = pointer(inv_temperature, rows, "inv_temperature");
   p.bias = pointer(bias, vocab, "bias");
@@ -90,6 +94,22 @@ static void bind_offset_exp(py::array_t<float> logits, Array<int64_t> targets,
   p.overflow = output(overflow, rows, "overflow");
   py::gil_scoped_release release;
   offset_exp(p, threads);
+}
+
+static void bind_kl_of_logits(py::array_t<float> z_p, py::array_t<float> z_q, bool gradients,
+                              Array<float> kl, int threads) {
+  KlParams p{};
+  p.stride_p = row_stride(z_p, "z_p");
+  p.stride_q = row_stride(z_q, "z_q");
+  p.rows = z_p.shape(0);
+  p.vocab = z_p.shape(1);
+  check(z_q.shape(0) == p.rows && z_q.shape(1) == p.vocab, "z_q", "the shape of z_p");
+  p.z_p = z_p.mutable_data();
+  p.z_q = z_q.mutable_data();
+  p.gradients = gradients;
+  p.kl = output(kl, p.rows, "kl");
+  py::gil_scoped_release release;
+  kl_of_logits(p, threads);
 }
 
 template <class T>
@@ -167,6 +187,8 @@ PYBIND11_MODULE(_C, m) {
         array("inv_temperature"), array("bias"), array("given_target_logit"), py::arg("logit_scale"),
         py::arg("softcap"), py::arg("bfloat16"), array("sum_exp"), array("target_logit"),
         array("moment"), array("overflow"), py::arg("threads"));
+  m.def("kl_of_logits", &bind_kl_of_logits, array("z_p"), array("z_q"), py::arg("gradients"),
+        array("kl"), py::arg("threads"));
   m.def("pairwise_box_iou", &bind_pairwise<float>, array("a"), array("b"), array("a_start"),
         array("b_start"), array("offsets"), py::arg("kind"), py::arg("convention"),
         array("values"), py::arg("threads"));

@@ -21,6 +21,13 @@ struct OffsetExpParams {
   uint8_t* overflow;                // (rows)
 };
 
+struct KlParams {
+  float *z_p, *z_q;  // (rows, vocab) logits; the gradients of kl go over them if wanted
+  int64_t rows, vocab, stride_p, stride_q;
+  bool gradients;
+  float* kl;  // (rows)
+};
+
 template <class T>
 struct PairwiseParams {
   const T *a, *b;                       // boxes
@@ -61,6 +68,7 @@ struct ApParams {
 
 // Every kernel computes the same whatever the number of threads.
 void offset_exp(const OffsetExpParams& p, int threads);
+void kl_of_logits(const KlParams& p, int threads);
 template <class T>
 void pairwise_box_iou(const PairwiseParams<T>& p, int threads);
 template <class Score>

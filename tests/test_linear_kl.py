@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastgrpo as fg
+from fastgrpo.ops.select import why_not
 from fastgrpo.testing import assert_within_budget, relative_error
 
 SIZES = ((13, 6), (19, 6), (13, 4), (19, 4))
@@ -15,6 +16,15 @@ SIZES = ((13, 6), (19, 6), (13, 4), (19, 4))
 def streams(dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(*s, generator=g, dtype=torch.float64).to(dtype) for s in SIZES]
+
+
+def fast(impl):
+    """The implementation, its tests skipped where it was not built."""
+    reason = why_not("linear_kl", impl, torch.device("cpu"))
+    return pytest.param(impl, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+
+
+FAST = [fast("torch"), fast("cpp")]
 
 
 def run(inputs, impl, need=(True,) * 4, **kwargs):
@@ -44,10 +54,12 @@ def test_value_and_every_gradient(impl, workspace):
         assert relative_error(a, e) < 1e-12
 
 
+@pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_error_budget(dtype):
+@pytest.mark.parametrize("workspace", [None, 0.001])
+def test_error_budget(impl, dtype, workspace):
     inputs = streams(dtype)
-    kl, grads = run(inputs, "torch")
+    kl, grads = run(inputs, impl, workspace_mb=workspace)
     exact, exact_grads = run([x.double() for x in inputs], "reference")
     leaves = [x.clone().requires_grad_() for x in inputs]
     same = naive(*(x.float() for x in leaves), 1.0)
@@ -58,36 +70,39 @@ def test_error_budget(dtype):
         assert_within_budget(grads[i], exact_grads[i], same_grads[i], what=f"gradient {i}")
 
 
+@pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("i", range(4))
-def test_one_gradient_at_a_time(i):
+def test_one_gradient_at_a_time(impl, i):
     need = tuple(j == i for j in range(4))
-    inputs = streams()
-    _, every = run(inputs, "torch")
-    _, one = run(inputs, "torch", need)
+    inputs = streams(torch.float32)
+    _, every = run(inputs, impl)
+    _, one = run(inputs, impl, need)
     assert len(one) == 1 and torch.equal(one[0], every[i])
 
 
-def test_of_a_policy_with_itself_is_exactly_zero_and_close_to_itself_positive():
+@pytest.mark.parametrize("impl", FAST)
+def test_of_a_policy_with_itself_is_exactly_zero_and_close_to_itself_positive(impl):
     h, w, _, _ = streams(torch.float32)
-    assert (fg.linear_kl(h, w, h, w) == 0).all()
-    near = fg.linear_kl(h, w, h * (1 + 1e-4), w)
+    assert (fg.linear_kl(h, w, h, w, impl=impl) == 0).all()
+    near = fg.linear_kl(h, w, h * (1 + 1e-4), w, impl=impl)
     exact = fg.linear_kl(h.double(), w.double(), (h * (1 + 1e-4)).double(), w.double())
     assert (near >= 0).all() and relative_error(near, exact) < 1e-2
 
 
+@pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_hostile_row_leaves_the_others_bitwise(value):
+def test_hostile_row_leaves_the_others_bitwise(impl, value):
     inputs = streams(torch.float32)
-    clean = fg.linear_kl(*inputs)
+    clean = fg.linear_kl(*inputs, impl=impl)
     for stream in (0, 2):
         spoilt = [x.clone() for x in inputs]
         spoilt[stream][3, 1] = value
-        kl = fg.linear_kl(*spoilt)
+        kl = fg.linear_kl(*spoilt, impl=impl)
         others = torch.arange(13) != 3
         assert torch.equal(kl[others], clean[others]) and kl[3].isnan()
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", *FAST])
 @pytest.mark.parametrize("N,V", [(0, 5), (1, 1), (2, 1), (1, 300)])
 def test_smallest_shapes(impl, N, V):
     inputs = [torch.randn(N, 4), torch.randn(V, 4), torch.randn(N, 3), torch.randn(V, 3)]
@@ -130,7 +145,8 @@ def test_refusals():
         ("hidden_q: expected dtype", (h_p, w_p, h_q.double(), w_q), {}),
         ("temperature", (h_p, w_p, h_q, w_q), {"temperature": 0.0}),
         ("weight_p: expected at least", (h_p, w_p[:0], h_q, w_q[:0]), {}),
-        ("impl", (h_p, w_p, h_q, w_q), {"impl": "cpp"}),
+        ("impl", (h_p, w_p, h_q, w_q), {"impl": "cuda"}),
+        ("impl.*'cpp': hidden is float64", [x.double() for x in streams()], {"impl": "cpp"}),
     ]
     for message, args, kwargs in cases:
         with pytest.raises(fg.InputError, match=message):

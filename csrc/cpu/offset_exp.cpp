@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The streaming pass of the one-pass loss; formulas in fastgrpo/reference/offset_exp.py.
+// The streaming pass of the one-pass loss; formulas in fastgrpo/ops/linear/offset_exp.py.
 #include <cmath>
 
 #include "../params.h"

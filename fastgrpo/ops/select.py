@@ -14,7 +14,7 @@ from fastgrpo.errors import InputError
 ORDER: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_logprob": {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
     "linear_grpo_loss": {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
-    "linear_kl": {"cuda": ("triton", "torch"), "cpu": ("torch",)},
+    "linear_kl": {"cuda": ("triton", "torch"), "cpu": ("cpp", "torch")},
     "grpo_loss": {"cuda": ("triton",), "cpu": ()},
     "group_advantages": {"cuda": ("triton",), "cpu": ()},
     "token_kl": {"cuda": ("triton",)},
@@ -31,7 +31,11 @@ _TRITON_MODULE = {
     "linear_grpo_loss": "offset_exp",
     "pairwise_box_iou": "box_iou",
 }
-_CPP_SYMBOL = {"linear_logprob": "offset_exp", "linear_grpo_loss": "offset_exp"}
+_CPP_SYMBOL = {
+    "linear_logprob": "offset_exp",
+    "linear_grpo_loss": "offset_exp",
+    "linear_kl": "kl_of_logits",
+}
 
 
 def select(op: str, device: torch.device, impl: str | None = None) -> str:

@@ -90,6 +90,25 @@ def _offset_exp_results(logits: torch.Tensor, entropy: bool) -> tuple[torch.Tens
     )
 
 
+@torch.library.custom_op("fastgrpo::kl_of_logits_cpp", mutates_args=("z_p", "z_q"))
+def kl_of_logits(z_p: torch.Tensor, z_q: torch.Tensor, gradients: bool) -> torch.Tensor:
+    """(C,) KL(softmax(z_p) || softmax(z_q)) of float32 (C, V) logits with contiguous rows.
+
+    gradients: the logits are replaced by the gradients of the KL.
+    """
+    from fastgrpo_kernels import _C
+
+    kl = z_p.new_empty(z_p.shape[0])
+    p, q = z_p.detach().numpy(), z_q.detach().numpy()
+    _C.kl_of_logits(p, q, gradients, kl.numpy(), torch.get_num_threads())
+    return kl
+
+
+@kl_of_logits.register_fake
+def _(z_p, z_q, gradients):
+    return z_p.new_empty(z_p.shape[0])
+
+
 @torch.library.custom_op("fastgrpo::pairwise_box_iou_cpp", mutates_args=())
 def pairwise_box_iou(
     a: torch.Tensor,

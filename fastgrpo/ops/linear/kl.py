@@ -11,9 +11,8 @@ import torch
 
 from fastgrpo.checks import check_positive, check_tensor
 from fastgrpo.errors import InputError
-from fastgrpo.ops.linear.inputs import whole_weight
+from fastgrpo.ops.linear.inputs import select_head, whole_weight
 from fastgrpo.ops.linear.memory import chunk_rows, keeps
-from fastgrpo.ops.select import select
 from fastgrpo.reference import linear_kl as reference
 
 # Elements of a block whose dozen temporaries stay in the L2 cache.
@@ -40,14 +39,14 @@ def linear_kl(
         temperature: T > 0. workspace_mb: memory for the two chunks of logits (default 128, at
             least 512 rows; on a GPU 4096 rows, fewer where memory is short), and for keeping their
             (N, V) gradients (default 512, on a GPU a sixteenth of its memory if that is free).
-        impl: "reference", "torch" or "triton".
+        impl: "reference", "torch", "cpp" or "triton".
 
     Returns (N,) float32 (float64 from float64 inputs), differentiable in all four inputs: two
     matmuls, and one for each gradient wanted. Where the gradients of the logits do not fit the
     workspace, backward makes the logits again: two matmuls more. Plain PyTorch holds ten (N, V)
-    tensors; on a CPU with that much memory it is about as fast as this op with kept gradients, and
-    faster than it without: raise workspace_mb there. A token impossible under
-    q but not under p makes its row +inf; a row with NaN or inf is NaN and touches no other.
+    tensors and needs no such matmuls: where there is memory, raise workspace_mb, and this op is
+    the faster one. A token impossible under q but not under p makes its row +inf; a row with NaN
+    or inf is NaN and touches no other.
     """
     weight_p, weight_q = whole_weight(weight_p), whole_weight(weight_q)
     sizes: dict[str, int] = {}
@@ -59,12 +58,9 @@ def linear_kl(
     check_positive("temperature", temperature)
     if sizes["V"] == 0:
         raise InputError("weight_p: expected at least one vocabulary row, got (0, D)")
-    if impl == "triton" and hidden_p.dtype == torch.float64:
-        raise InputError("impl: linear_kl cannot run as 'triton': the inputs are float64")
-    chosen = select("linear_kl", hidden_p.device, impl)
+    chosen = select_head("linear_kl", hidden_p, impl)
     if chosen == "reference":
         return reference.linear_kl(hidden_p, weight_p, hidden_q, weight_q, temperature)
-    chosen = "torch" if hidden_p.dtype == torch.float64 else chosen
     inputs = (hidden_p, weight_p, hidden_q, weight_q)
     keep = _streams_to_keep(inputs, workspace_mb, chosen)
     return _linear_kl(*inputs, float(temperature), workspace_mb, chosen, keep)[0]
@@ -104,14 +100,7 @@ def _linear_kl(
     if not pair.half:  # made where they are kept
         pair.kept = [dz if k else None for k, dz in zip(keep, kept, strict=True)]
     for rows, z_p, z_q in pair:
-        if impl == "triton":
-            kl[rows] = _kernels().kl_of_logits(z_p, z_q)
-            if any(keep):
-                z_p, z_q = pair.logit_gradients_(z_p, z_q, kl[rows])
-        else:
-            of_block = _kl_and_gradients_ if any(keep) else kl_of_logits
-            for part in pair.blocks(len(z_p)):
-                kl[rows][part] = of_block(z_p[part], z_q[part])
+        kl[rows], z_p, z_q = pair.evaluate(z_p, z_q, any(keep))
         for k, dz, z in zip(keep, kept, (z_p, z_q), strict=True):
             if k and pair.half:
                 dz[rows] = z
@@ -149,7 +138,7 @@ def _linear_kl_backward(
     inputs = (hidden_p, weight_p, hidden_q, weight_q)
     pair = _Pair(*inputs, temperature, workspace_mb, impl)
     grads = [
-        torch.zeros_like(x, dtype=pair.dtype) if n else x.new_empty(0, dtype=pair.dtype)
+        x.new_empty(x.shape if n else 0, dtype=pair.dtype)
         for x, n in zip(inputs, need, strict=True)
     ]
     whole = slice(0, len(hidden_p))
@@ -162,7 +151,8 @@ def _linear_kl_backward(
                 pair.mm(dz, w, grads[i][rows], beta=0.0)
                 grads[i][rows].mul_(g)
             if need[i + 1]:
-                pair.mm(dz.t(), (inputs[i][rows] * g).to(w.dtype), grads[i + 1], beta=1.0)
+                first = rows.start == 0
+                pair.mm(dz.t(), (inputs[i][rows] * g).to(w.dtype), grads[i + 1], beta=1.0 - first)
     return tuple(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
 
@@ -190,10 +180,6 @@ def _backward(ctx, dkl, *_):
 
 
 _linear_kl.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _kernels():
-    return importlib.import_module("fastgrpo_kernels.linear_kl")
 
 
 def kl_of_logits(z_p: torch.Tensor, z_q: torch.Tensor) -> torch.Tensor:
@@ -259,18 +245,28 @@ class _Pair:
     def gradients(self, kl: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """The same with the KL's gradients by the logits in their place."""
         for rows, z_p, z_q in self:
-            if self.impl == "triton":
-                yield rows, *self.logit_gradients_(z_p, z_q, kl[rows])
-                continue
-            for part in self.blocks(len(z_p)):
-                _kl_and_gradients_(z_p[part], z_q[part])
-            yield rows, z_p, z_q
+            yield rows, *self.evaluate(z_p, z_q, True, kl[rows])[1:]
 
-    def logit_gradients_(
-        self, z_p: torch.Tensor, z_q: torch.Tensor, kl: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ones = torch.ones_like(kl)
-        return _kernels().logit_gradients_(z_p, z_q, kl, ones, self.weight_p.dtype)
+    def evaluate(
+        self, z_p: torch.Tensor, z_q: torch.Tensor, gradients: bool, kl: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(KL, z_p, z_q) with the gradients in the place of the logits if wanted; `kl` if known."""
+        if self.impl == "cpp":
+            cpp = importlib.import_module("fastgrpo_kernels._cpp")
+            return cpp.kl_of_logits(z_p, z_q, gradients), z_p, z_q
+        if self.impl == "triton":
+            kernels = importlib.import_module("fastgrpo_kernels.linear_kl")
+            kl = kernels.kl_of_logits(z_p, z_q) if kl is None else kl
+            if gradients:
+                ones = torch.ones_like(kl)
+                z_p, z_q = kernels.logit_gradients_(z_p, z_q, kl, ones, self.weight_p.dtype)
+            return kl, z_p, z_q
+        of_block = _kl_and_gradients_ if gradients else kl_of_logits
+        kl = z_p.new_empty(len(z_p))
+        for start in range(0, len(z_p), self.block):  # rows whose softmax work stays in the cache
+            part = slice(start, start + self.block)
+            kl[part] = of_block(z_p[part], z_q[part])
+        return kl, z_p, z_q
 
     def _logits(self, x: torch.Tensor, weight: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         self.mm(x.to(weight.dtype), weight.t(), z, beta=0.0)
@@ -284,7 +280,3 @@ class _Pair:
             out.addmm_(a, b)
         else:
             torch.mm(a, b, out=out)
-
-    def blocks(self, rows: int) -> list[slice]:
-        """Rows whose softmax work stays in the cache."""
-        return [slice(i, i + self.block) for i in range(0, rows, self.block)]

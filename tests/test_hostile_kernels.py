@@ -367,7 +367,7 @@ def test_more_than_two_to_the_31_elements(op):
             assert kept.numel() == n * v > 2**31
             return
         y = torch.zeros(n, dtype=torch.int64)
-        args = (h, w, y, None, None, None, 1.0, False, "keep", "torch", None, "")
+        args = (h, w, None, y, None, None, 1.0, "torch", None, "", False, "keep")
         kept = torch.ops.fastgrpo.linear_logprob(*args)[2]
         assert kept.numel() == n * v > 2**31
     assert (

@@ -288,16 +288,16 @@ def test_opcheck(plan):
     args = (
         h.requires_grad_(grad),
         w.requires_grad_(grad and plan != "frozen"),
-        y,
         b,
+        y,
         torch.full((6,), 0.5),
         None,
         1.0,
-        plan != "frozen",
-        plan,
         "torch",
         None,
         "",
+        plan != "frozen",
+        plan,
     )
     torch.library.opcheck(linear_logprob_op, args)
 

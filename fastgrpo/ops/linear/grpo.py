@@ -12,10 +12,10 @@ from fastgrpo.losses.tokens import IGNORE, Tokens
 from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops.grpo_loss import GRPOLoss, LossCall, checked
 from fastgrpo.ops.linear.head import bfloat16_products
-from fastgrpo.ops.linear.inputs import check_head, inverse_temperature, select_head
+from fastgrpo.ops.linear.inputs import Projection, projection
 from fastgrpo.ops.linear.logprob import linear_logprob_op
 from fastgrpo.ops.linear.memory import keeps
-from fastgrpo.ops.linear.one_pass import Projection, linear_grpo_op, pack, run, scaled
+from fastgrpo.ops.linear.one_pass import linear_grpo_op, pack, run, scaled
 from fastgrpo.reference.linear_logprob import linear_logprob
 
 
@@ -79,60 +79,29 @@ def linear_grpo_loss(
     if not isinstance(obj, Objective):
         raise InputError(f"obj: expected fastgrpo.Objective, got {type(obj).__name__}")
     temperature = obj.temperature if temperature is None else temperature
-    weight = check_head(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, validate, process_group
+    head = projection(
+        *("linear_grpo_loss", hidden, weight, targets, bias, temperature, softcap, logit_scale),
+        *(impl, validate, workspace_mb, process_group),
     )
-    impl = select_head("linear_grpo_loss", hidden, impl)
-    _check_extras(kl_terms, weight, dweight_into, process_group, impl)
+    _check_extras(head, kl_terms, dweight_into)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     to_come = hidden.new_empty(hidden.shape[0], dtype=wide)
-    t = Tokens(
-        to_come,
-        advantages,
-        seq_ids,
-        mask,
-        old_logp,
-        ref_logp,
-        rollout_logp,
-        to_come if with_entropy or obj.needs_entropy else None,
-        token_weights,
-    )
-    call = checked(t, obj, num_tokens, num_sequences, kl_terms, sampled_entropy_coef, targets)
-    if impl == "reference":
-        return _by_reference(
-            call.per_token(), hidden, weight, targets, bias, temperature, softcap, logit_scale
-        )
-    head = Projection(
-        hidden,
-        weight,
-        bias,
-        targets.long(),
-        inverse_temperature(temperature, hidden),
-        softcap,
-        float(logit_scale),
-        impl,
-        workspace_mb,
-        "" if process_group is None else process_group.group_name,
-    )
+    entropy = to_come if with_entropy or obj.needs_entropy else None
+    given = (advantages, seq_ids, mask, old_logp, ref_logp, rollout_logp, entropy, token_weights)
+    totals = (num_tokens, num_sequences, kl_terms, sampled_entropy_coef)
+    call = checked(Tokens(to_come, *given), obj, *totals, targets)
+    if head.impl == "reference":
+        return _by_reference(head, call.per_token(), temperature)
     if dweight_into is None and _keeps(head):
         return _by_log_probs(head, call)
     return _by_chunks(head, call.per_token(), dweight_into, dweight_scale)
 
 
-def _by_reference(
-    call: LossCall,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    temperature: float | torch.Tensor,
-    softcap: float | None,
-    logit_scale: float,
-) -> GRPOLoss:
+def _by_reference(head: Projection, call: LossCall, temperature: float | torch.Tensor) -> GRPOLoss:
     t = call.tokens
-    ids = torch.where(t.mask, targets.long(), IGNORE)
-    options = (bias, temperature, softcap, logit_scale, t.entropy is not None)
-    logp, entropy = linear_logprob(hidden, weight, ids, *options)
+    ids = torch.where(t.mask, head.targets, IGNORE)
+    options = (head.bias, temperature, head.softcap, head.logit_scale, t.entropy is not None)
+    logp, entropy = linear_logprob(head.hidden, head.weight, ids, *options)
     return call._replace(tokens=t._replace(logp=logp, entropy=entropy)).evaluate("reference")
 
 
@@ -156,20 +125,8 @@ def _by_log_probs(head: Projection, call: LossCall) -> GRPOLoss:
     """The loss of the log-probs of plan "keep"; any coupling of tokens takes three matmuls."""
     t = call.tokens
     targets = head.targets if t.mask is None else torch.where(t.mask, head.targets, IGNORE)
-    logp, entropy, _, _, overflow = linear_logprob_op(
-        head.hidden,
-        head.weight,
-        targets,
-        head.bias,
-        head.inv_temperature,
-        head.softcap,
-        head.logit_scale,
-        t.entropy is not None,
-        "keep",
-        head.impl,
-        head.workspace_mb,
-        head.group,
-    )
+    head = head._replace(targets=targets)
+    logp, entropy, _, _, overflow = linear_logprob_op(*head, t.entropy is not None, "keep")
     if t.entropy is not None:
         bonus = call.obj.entropy_coef != 0.0
         t = t._replace(entropy=entropy if bonus else entropy.detach())
@@ -226,20 +183,15 @@ class _Accumulating(torch.autograd.Function):
 
 
 def _check_extras(
-    kl_terms: Sequence[KLTerm],
-    weight: torch.Tensor,
-    dweight_into: torch.Tensor | None,
-    process_group: "torch.distributed.ProcessGroup | None",
-    impl: str,
+    head: Projection, kl_terms: Sequence[KLTerm], dweight_into: torch.Tensor | None
 ) -> None:
     for i, term in enumerate(kl_terms):
         if term.other_logp.requires_grad:
             raise InputError(f"kl_terms[{i}].other_logp: expected a constant; detach it")
-    if impl == "reference":
-        for name, x in (("process_group", process_group), ("dweight_into", dweight_into)):
-            if x is not None:
-                raise InputError(f"{name}: impl 'reference' does not take it")
     if dweight_into is not None:
+        weight = head.weight
+        if head.impl == "reference":
+            raise InputError("dweight_into: impl 'reference' does not take it")
         wide = torch.promote_types(weight.dtype, torch.float32)
         V, D = weight.shape
         check_tensor("dweight_into", dweight_into, f"{V} {D}", dtypes=(wide,), device=weight.device)

@@ -1,11 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arguments that every projection op takes: checked once, in the form the ops use."""
 
+from typing import NamedTuple
+
 import torch
 
 from fastgrpo.checks import check_positive, check_targets, check_tensor
 from fastgrpo.errors import InputError
 from fastgrpo.ops.select import select
+
+
+class Projection(NamedTuple):
+    """The checked arguments of a projection, in the order its custom ops take them."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    targets: torch.Tensor
+    inv_temperature: torch.Tensor | None  # (N,)
+    softcap: float | None
+    logit_scale: float
+    impl: str
+    workspace_mb: float | None
+    group: str  # name of the process group over which the vocabulary is split, or ""
+
+
+def projection(
+    op: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    impl: str | None,
+    validate: bool | None,
+    workspace_mb: float | None,
+    process_group: "torch.distributed.ProcessGroup | None",
+) -> Projection:
+    """The arguments of `op`, checked, with the implementation that serves them."""
+    weight = check_head(
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, validate, process_group
+    )
+    impl = select_head(op, hidden, impl)
+    if impl == "reference" and process_group is not None:
+        raise InputError("process_group: impl 'reference' has no vocabulary shards")
+    return Projection(
+        hidden,
+        weight,
+        bias,
+        targets.long(),
+        inverse_temperature(temperature, hidden),
+        softcap,
+        float(logit_scale),
+        impl,
+        workspace_mb,
+        "" if process_group is None else process_group.group_name,
+    )
 
 
 def check_head(

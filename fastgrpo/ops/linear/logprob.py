@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from fastgrpo.checks import check_choice
-from fastgrpo.errors import InputError
 from fastgrpo.losses.tokens import IGNORE
 from fastgrpo.ops.linear.head import Chunk, Gradients, Head, bfloat16_products, looks_at_each_chunk
-from fastgrpo.ops.linear.inputs import check_head, inverse_temperature, select_head
+from fastgrpo.ops.linear.inputs import Projection, projection
 from fastgrpo.ops.linear.memory import keeps
 from fastgrpo.reference import linear_logprob as reference
 
@@ -84,46 +83,23 @@ def linear_logprob(
     for name in outputs:
         check_choice("outputs", name, ("logp", "entropy"))
     want_entropy = "entropy" in outputs
-    weight = check_head(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, validate, process_group
+    head = projection(
+        *("linear_logprob", hidden, weight, targets, bias, temperature, softcap, logit_scale),
+        *(impl, validate, workspace_mb, process_group),
     )
-    targets = targets.long()
-    impl = select_head("linear_logprob", hidden, impl)
-    if impl == "reference":
-        if process_group is not None:
-            raise InputError("process_group: impl 'reference' has no vocabulary shards")
-        logp, entropy = reference.linear_logprob(
-            hidden, weight, targets, bias, temperature, softcap, logit_scale, want_entropy
-        )
-        return LinearLogprob(logp, entropy, "autograd", targets.new_zeros(()))
-    differentiable = want_entropy and entropy_grad
-    plan = _plan(hidden, weight, bias, differentiable, workspace_mb)
-    logp, entropy, _, _, overflow = linear_logprob_op(
-        hidden,
-        weight,
-        targets,
-        bias,
-        inverse_temperature(temperature, hidden),
-        softcap,
-        float(logit_scale),
-        want_entropy,
-        plan,
-        impl,
-        workspace_mb,
-        "" if process_group is None else process_group.group_name,
-    )
+    if head.impl == "reference":
+        options = (bias, temperature, softcap, logit_scale, want_entropy)
+        logp, entropy = reference.linear_logprob(hidden, head.weight, head.targets, *options)
+        return LinearLogprob(logp, entropy, "autograd", head.targets.new_zeros(()))
+    plan = _plan(head, want_entropy and entropy_grad)
+    logp, entropy, _, _, overflow = linear_logprob_op(*head, want_entropy, plan)
     if want_entropy and not entropy_grad:
         entropy = entropy.detach()
     return LinearLogprob(logp, entropy if want_entropy else None, plan, overflow)
 
 
-def _plan(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    entropy_grad: bool,
-    workspace_mb: float | None,
-) -> str:
+def _plan(head: Projection, entropy_grad: bool) -> str:
+    hidden, weight, bias = head.hidden, head.weight, head.bias
     head_needs = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not torch.is_grad_enabled() or not (hidden.requires_grad or head_needs):
         return "forward"
@@ -131,25 +107,26 @@ def _plan(
         return "frozen"
     itemsize = 2 if bfloat16_products(hidden) else max(4, hidden.dtype.itemsize)
     sizes = (hidden.shape[0], weight.shape[0], itemsize)
-    return "keep" if keeps(*sizes, workspace_mb, hidden.device) else "recompute"
+    return "keep" if keeps(*sizes, head.workspace_mb, hidden.device) else "recompute"
 
 
 @torch.library.custom_op("fastgrpo::linear_logprob", mutates_args=())
 def linear_logprob_op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    targets: torch.Tensor,
     bias: torch.Tensor | None,
+    targets: torch.Tensor,
     inv_temperature: torch.Tensor | None,
     softcap: float | None,
     logit_scale: float,
-    entropy: bool,
-    plan: str,
     impl: str,
     workspace_mb: float | None,
     group: str,
+    entropy: bool,
+    plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logp (N,), entropy (N,) or (0,), kept, row statistics of plan keep, overflow count)."""
+    """(logp (N,), entropy (N,) or (0,), kept, row statistics of plan keep, overflow count) of a
+    `Projection`."""
     head = Head(weight, bias, softcap, logit_scale, impl, group)
     N, wide = len(targets), head.acc_dtype
     logp = hidden.new_zeros(N, dtype=wide)
@@ -190,7 +167,7 @@ def linear_logprob_op(
 
 
 @linear_logprob_op.register_fake
-def _(hidden, weight, targets, bias, inv_t, softcap, scale, entropy, plan, impl, workspace, group):
+def _(hidden, weight, bias, targets, inv_t, softcap, scale, impl, workspace, group, entropy, plan):
     wide = torch.promote_types(hidden.dtype, torch.float32)
     N = hidden.shape[0]
     return (
@@ -221,8 +198,8 @@ def linear_logprob_backward_op(
     dentropy: torch.Tensor | None,
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    targets: torch.Tensor,
     bias: torch.Tensor | None,
+    targets: torch.Tensor,
     inv_temperature: torch.Tensor | None,
     logp: torch.Tensor,
     entropy: torch.Tensor,
@@ -231,10 +208,10 @@ def linear_logprob_backward_op(
     overflow: torch.Tensor,
     softcap: float | None,
     logit_scale: float,
-    plan: str,
     impl: str,
     workspace_mb: float | None,
     group: str,
+    plan: str,
     need: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dhidden, dweight, dbias), empty where `need` is False."""
@@ -269,7 +246,7 @@ def linear_logprob_backward_op(
 
 
 @linear_logprob_backward_op.register_fake
-def _(dlogp, dentropy, hidden, weight, targets, bias, *args):
+def _(dlogp, dentropy, hidden, weight, bias, *args):
     need = args[-1]
     return (
         hidden.new_empty(hidden.shape if need[0] else 0),
@@ -279,39 +256,21 @@ def _(dlogp, dentropy, hidden, weight, targets, bias, *args):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, targets, bias, inv_t, softcap, scale, _, plan, impl, workspace, group = inputs
     kept, stats, clamped = output[2:]
-    ctx.save_for_backward(hidden, weight, targets, bias, inv_t, *output)
-    ctx.scalars = (softcap, scale, plan, impl, workspace, group)
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.scalars = (*inputs[5:10], inputs[11])
     ctx.mark_non_differentiable(kept, stats, clamped)
     # Without this, backward is handed a (N, V) tensor of zeros for the exponentials kept.
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dlogp, dentropy, *_):
-    hidden, weight, targets, bias, inv_t, logp, entropy, kept, stats, overflow = ctx.saved_tensors
-    need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if dlogp is None and dentropy is None:
         return (None,) * 12
+    logp, need = ctx.saved_tensors[5], list(ctx.needs_input_grad[:3])
     dlogp = torch.zeros_like(logp) if dlogp is None else dlogp
-    grads = linear_logprob_backward_op(
-        dlogp,
-        dentropy,
-        hidden,
-        weight,
-        targets,
-        bias,
-        inv_t,
-        logp,
-        entropy,
-        kept,
-        stats,
-        overflow,
-        *ctx.scalars,
-        need,
-    )
-    dhidden, dweight, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
-    return dhidden, dweight, None, dbias, *[None] * 8
+    grads = linear_logprob_backward_op(dlogp, dentropy, *ctx.saved_tensors, *ctx.scalars, need)
+    return *(g if n else None for g, n in zip(grads, need, strict=True)), *[None] * 9
 
 
 linear_logprob_op.register_autograd(_backward, setup_context=_setup_context)

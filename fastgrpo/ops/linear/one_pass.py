@@ -16,7 +16,6 @@ import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 
@@ -24,22 +23,8 @@ from fastgrpo.losses.tokens import Scales, Tokens
 from fastgrpo.objective import KLTerm, Objective
 from fastgrpo.ops.grpo_loss import LossCall
 from fastgrpo.ops.linear.head import Chunk, Gradients, Head, looks_at_each_chunk
+from fastgrpo.ops.linear.inputs import Projection
 from fastgrpo.ops.select import constant_when_compiled
-
-
-class Projection(NamedTuple):
-    """The checked arguments of a projection, see `linear_logprob`; inv_temperature: (N,)."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    targets: torch.Tensor
-    inv_temperature: torch.Tensor | None
-    softcap: float | None
-    logit_scale: float
-    impl: str
-    workspace_mb: float | None
-    group: str
 
 
 @torch.library.custom_op("fastgrpo::linear_grpo_loss", mutates_args=())

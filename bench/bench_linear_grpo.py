@@ -67,6 +67,16 @@ class Case:
         )
         self.backward(result.loss)
 
+    def by_epilogue(self) -> None:
+        """Ours with the exponential made in the logits' matmul (on a GPU without TMA: as ever)."""
+        from fastgrpo_kernels import linear_exp
+
+        linear_exp.EPILOGUE = True
+        try:
+            self.ours(impl="triton")
+        finally:
+            linear_exp.EPILOGUE = False
+
     def eager(self) -> None:
         logits = (self.hidden @ self.weight.t()).float()
         logp = logits.log_softmax(-1).gather(1, self.targets[:, None])[:, 0]
@@ -148,6 +158,8 @@ def variants(case: Case, device: str) -> dict[str, Callable[[], None]]:
         except fg.InputError:
             continue
         found[f"fastgrpo {impl}"] = lambda impl=impl: case.ours(impl=impl)
+    if device == "cuda" and "fastgrpo triton" in found:
+        found["fastgrpo triton, epilogue"] = case.by_epilogue
     found["bare matmuls"] = case.floor()
     found["torch eager"] = case.eager
     if importable("trl.kernels.chunked_logprob"):

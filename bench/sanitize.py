@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
+from fastgrpo_kernels import linear_exp
 
 import fastgrpo as fg
 from fastgrpo.ops.gather_rows import gather_rows, row_index, sum_rows
@@ -60,6 +61,15 @@ def projection() -> None:
             fg.linear_kl(*head, *other).sum().backward()
 
 
+def epilogue() -> None:
+    """`projection` with the exponential in the logits' matmul, where the GPU can."""
+    linear_exp.EPILOGUE = True
+    try:
+        projection()
+    finally:
+        linear_exp.EPILOGUE = False
+
+
 def losses() -> None:
     logp = (-torch.rand(4500)).requires_grad_()
     seq_ids = (torch.arange(4500) >= 23).long() + (torch.arange(4500) >= 46)  # one in pieces
@@ -85,7 +95,7 @@ def rewards() -> None:
 
 
 CASES: dict[str, Callable[[], None]] = {
-    f.__name__: f for f in (shared_prefix, rows, projection, losses, rewards)
+    f.__name__: f for f in (shared_prefix, rows, projection, epilogue, losses, rewards)
 }
 
 

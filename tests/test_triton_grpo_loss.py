@@ -11,18 +11,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from fastgrpo_kernels import grpo_loss as kernels
 from fastgrpo_kernels.grpo_loss import grpo_slopes
-from fastgrpo_kernels.token_kl import token_kl
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgrpo.errors import InputError
 from fastgrpo.losses.metrics import metric_kind
 from fastgrpo.losses.tokens import Tokens
 from fastgrpo.objective import AGGREGATIONS, ESTIMATORS, ROLLOUT_MODES, KLTerm, Objective
 from fastgrpo.ops import grpo_loss as ops
 from fastgrpo.ops.grpo_loss import checked, grpo_loss
-from fastgrpo.ops.token_kl import token_kl as public_token_kl
-from fastgrpo.reference.token_kl import token_kl as token_kl_reference
 from fastgrpo.testing import assert_within_budget
 
 pytestmark = pytest.mark.interpreter
@@ -362,40 +358,11 @@ def test_grpo_loss_dispatches_at_most_eight_operations(monkeypatch):
         assert len(counter.names) <= 8, counter.names
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_token_kl(estimator):
-    x = torch.tensor([0.0, 1e-4, -1e-4, 0.3, -0.5, 2.0, -3.0, 25.0, -25.0, 1e4, torch.nan])
-    logp, ref = torch.full_like(x, -1.5), x - 1.5
-    results = []
-    for f, dtype in (
-        (token_kl, torch.float32),
-        (token_kl_reference, torch.float64),
-        (token_kl_reference, torch.float32),
-    ):
-        p, q = (v.to(dtype).requires_grad_() for v in (logp, ref))
-        kl = f(p, q, estimator, 20.0, 10.0)
-        results.append((kl.detach(), *torch.autograd.grad(kl[:-1].sum(), (p, q))))
-    for name, o, w, s in zip(("kl", "dlogp", "dref"), *results, strict=True):
-        assert_within_budget(o, w, s, what=name)
-
-
-def test_token_kl_chooses_its_kernel():
-    logp, ref = -torch.rand(2, 7)
-    for dtype in (torch.float32, torch.bfloat16):
-        ours = public_token_kl(logp.to(dtype), ref.to(dtype), impl="triton")
-        want = public_token_kl(logp.to(dtype).double(), ref.to(dtype).double(), impl="reference")
-        assert ours.dtype == dtype
-        torch.testing.assert_close(ours.double(), want, rtol=8 * torch.finfo(dtype).eps, atol=1e-7)
-    with pytest.raises(InputError, match="float64"):
-        public_token_kl(logp.double(), ref, impl="triton")
-
-
-def test_grpo_loss_and_token_kl_are_registered_ops():
+def test_grpo_loss_kernels_are_registered_ops():
     data = batch((3, 2), seed=10)
     logp = data["logp"].nan_to_num(0.0).requires_grad_()
     ref = torch.zeros(5)
     registered = torch.ops.fastgrpo
-    torch.library.opcheck(registered.token_kl_triton.default, (logp, ref, "k3", 20.0, 10.0))
     call = checked(
         Tokens(logp, data["advantages"], data["seq_ids"], data["mask"], old_logp=ref, entropy=ref),
         *(Objective("grpo", "sequence", entropy_coef=0.1), None, None, (), 0.0),

@@ -117,7 +117,7 @@ GOALS = (
 
 
 def figures_of(folder: Path) -> Figures:
-    """Every row of every result file in the folder, and the stages of the last run."""
+    """Every row of every result file in the folder, and the stages as they last ended on a GPU."""
     found: Figures = {}
     for path in sorted(folder.glob("*.json")):
         for run in json.loads(path.read_text()).get("runs", ()):
@@ -126,7 +126,8 @@ def figures_of(folder: Path) -> Figures:
     stages = folder / "stages.jsonl"
     for line in stages.read_text().splitlines() if stages.exists() else ():
         row = json.loads(line)
-        found["stage", row["stage"], ""] = row
+        if row["device"] == "cuda":
+            found["stage", row["stage"], ""] = row
     return found
 
 

@@ -46,7 +46,8 @@ stage() {  # stage NAME SECONDS COMMAND...
     rc=$?
     tail -n 25 "$out/$name.txt"
     echo "-- $name: exit status $rc after $((SECONDS - from)) s"
-    printf '{"stage": "%s", "status": %d, "seconds": %d}\n' "$name" "$rc" $((SECONDS - from)) >>"$out/stages.jsonl"
+    printf '{"stage": "%s", "device": "%s", "status": %d, "seconds": %d}\n' \
+        "$name" "$device" "$rc" $((SECONDS - from)) >>"$out/stages.jsonl"
     [ "$rc" = 0 ] || failed=1
 }
 bench() { stage "$1" "$2" "$py" "bench/bench_$1.py" --device "$device" $small --save --results "$out"; }

@@ -59,7 +59,13 @@ def test_gpu_script_goes_on_after_a_failure_and_fails_at_the_end(tmp_path, stub)
         ("tests", 0),
         ("sanitize", 0),
     ]
-    assert "| GPU tests, exit status | <= 0 |  | 0, met |" in (out / "goals.md").read_text()
+    assert "| GPU tests, exit status | <= 0 |  |  |" in (out / "goals.md").read_text()
+
+
+def test_stages_of_a_dry_run_meet_no_goal(tmp_path):
+    lines = [{"stage": "tests", "device": d, "status": s} for d, s in (("cuda", 1), ("cpu", 0))]
+    (tmp_path / "stages.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert goals.figures_of(tmp_path) == {("stage", "tests", ""): lines[0]}
 
 
 def test_gpu_script_runs_everything_by_default(tmp_path, stub):

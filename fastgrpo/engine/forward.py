@@ -21,7 +21,7 @@ from fastgrpo.models.head import (
 )
 from fastgrpo.ops.gather_rows import gather_rows
 from fastgrpo.packing.row import PackedRow
-from fastgrpo.packing.vision import FeatureStore, idle_tower, shared_features
+from fastgrpo.packing.vision import FeatureStore, KeptFeatures, idle_tower, shared_features
 
 
 def forward_row(
@@ -50,8 +50,17 @@ def forward_row(
     return logits[0]
 
 
-def feature_store(rows: Sequence[PackedRow], *, detach: bool, every: bool = False) -> FeatureStore:
-    """A store for the images that several rows use; `every` keeps all (for several passes)."""
+def feature_store(
+    rows: Sequence[PackedRow],
+    *,
+    detach: bool,
+    every: bool = False,
+    kept: KeptFeatures | None = None,
+) -> FeatureStore:
+    """A store for the images that several rows use; `every` keeps all (for several passes of this
+    call), `kept` holds them for other calls too, of a model whose features are constant."""
+    if kept is not None and rows:
+        return kept.store(rows[0].images)
     uses = Counter(i for row in rows for i in set(row.image_ids))
     if distributed():
         # A rank that skipped its vision tower would leave the others waiting in a collective.

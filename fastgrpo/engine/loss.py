@@ -25,7 +25,7 @@ from fastgrpo.ops.token_kl import token_kl
 from fastgrpo.packing.group import Group, hosted
 from fastgrpo.packing.host import device_copies, on_host
 from fastgrpo.packing.row import PackedRow
-from fastgrpo.packing.vision import FeatureStore
+from fastgrpo.packing.vision import FeatureStore, KeptFeatures
 
 OPTIONAL = ("old_logp", "ref_logp", "rollout_logp", "token_weights")
 _SHARE_CLAMP = 10.0  # PAPO chooses tokens by a divergence clamped there
@@ -178,12 +178,13 @@ def loss_of_groups(
     backend: str | None = None,
     placeholders: str = "refuse",
     balance: RouterBalance | None = None,
+    features: KeptFeatures | None = None,
 ) -> StepLoss:
     """The loss of `groups` as one tensor whose backward gives every gradient.
 
     (For a loop that calls backward itself; `GRPOStep` does so row by row.) The log-probs and
     entropies it returns are constants. The denominators are those of the optimizer step. `balance`
-    as in `score`: its loss is the caller's to add.
+    as in `score`: its loss is the caller's to add. `features`: as there.
     """
     groups = hosted(groups)
     rows = pack(
@@ -204,7 +205,7 @@ def loss_of_groups(
     ]
     totals = {"num_tokens": num_tokens, "num_sequences": num_sequences}
     extra = extra_forwards(adapter, rows)  # a collective: before the forwards, which are too
-    store, parts, results = feature_store(rows, detach=False), [], []
+    store, parts, results = feature_store(rows, detach=False, kept=features), [], []
     for row in rows:
         batch = loss.inputs(groups, row.members, row.mask, loss_dtype(adapter))
         with balance.watching(row) if balance else contextlib.nullcontext():

@@ -14,7 +14,7 @@ from fastgrpo.models.head import effective_head, replaced_head, under_autocast
 from fastgrpo.packing.group import Group, hosted
 from fastgrpo.packing.planner import Part, plan_rows
 from fastgrpo.packing.row import PackedRow, check_prompt
-from fastgrpo.packing.vision import Images
+from fastgrpo.packing.vision import Images, KeptFeatures
 
 
 def next_token_logits(
@@ -46,10 +46,12 @@ def prompt_passes(
     backend: str | None,
     token_ids: Sequence[int] | None = None,
     observe=lambda layout: layout,
+    features: KeptFeatures | None = None,
 ) -> Iterator[tuple[PackedRow, list[int], Tensor]]:
     """One forward per row of prompts: the row, its groups' indices, (rows, V or K) last logits.
 
-    `observe(layout)` may put something in the layout's place that attends for it.
+    `observe(layout)` may put something in the layout's place that attends for it. `features`: as
+    in `score`.
     """
     chosen, groups = adapter.prepare(backend), hosted(groups)
     for group in groups:
@@ -61,7 +63,7 @@ def prompt_passes(
         (PackedRow(adapter, members, groups, chosen, images=images, neutral_id=None), members)
         for members in plan_rows(parts, max_tokens)
     ]
-    store = feature_store([row for row, _ in rows], detach=False)
+    store = feature_store([row for row, _ in rows], detach=False, kept=features)
     for row, members in rows:
         ends = row.layout.cu_q[1:].long() - 1
         inputs = row.inputs | {"logits_to_keep": ends, "fg_layout": observe(row.layout)}

@@ -19,7 +19,7 @@ from fastgrpo.ops.linear.logprob import linear_logprob
 from fastgrpo.packing.group import Group, hosted
 from fastgrpo.packing.planner import plan_rows, regroup
 from fastgrpo.packing.row import PackedRow, check_prompt
-from fastgrpo.packing.vision import FeatureStore, Images
+from fastgrpo.packing.vision import FeatureStore, Images, KeptFeatures
 
 
 @dataclass
@@ -43,6 +43,7 @@ def score(
     entropy_grad: bool = True,
     balance: RouterBalance | None = None,
     workspace_mb: float | None = None,
+    features: KeptFeatures | None = None,
 ) -> list[GroupScores]:
     """Log-probs of every completion under `model`, each prompt and its images encoded once.
 
@@ -59,7 +60,8 @@ def score(
     "neutralize" feeds another token in its place and leaves it out of the loss (logp 0).
     `entropy_grad`: False makes `.entropy` a constant, which saves its part of backward.
     `balance`: collects what a mixture of experts routes, for its load-balancing loss.
-    `workspace_mb`: that of `linear_logprob`.
+    `workspace_mb`: that of `linear_logprob`. `features`: image features of earlier calls, of a
+    model in which nothing before the decoder is trained.
 
     Raises `InputError` naming the sample, or the reason why the model is not served.
     """
@@ -73,7 +75,7 @@ def score(
         GroupScores([empty] * len(g.completions), [empty] * len(g.completions)) for g in groups
     ]
     extra = extra_forwards(adapter, rows)  # a collective: before the forwards, which are too
-    store = feature_store(rows, detach=False)
+    store = feature_store(rows, detach=False, kept=features)
     for row in rows:
         with balance.watching(row) if balance else contextlib.nullcontext():
             columns = score_row(

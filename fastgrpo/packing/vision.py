@@ -96,6 +96,37 @@ class FeatureStore:
         return leaf
 
 
+class KeptFeatures:
+    """Features that no step changes (see `Adapter.features_are_constant`), kept between passes.
+
+    `store(images)` is a pass's store: it has what earlier passes encoded of equal images, and what
+    this one encodes stays here.
+    """
+
+    def __init__(self):
+        self.images: list[Vision] = []
+        self.features: list[Features] = []
+        self.join: dict[str, Join] = {}
+
+    def store(self, images: Images) -> FeatureStore:
+        return _KeptStore(self, images)
+
+
+class _KeptStore(FeatureStore):
+    def __init__(self, kept: KeptFeatures, images: Images):
+        super().__init__(set(range(len(images.distinct))))
+        self.kept, self.images, self.join = kept, images.distinct, kept.join
+        first = first_equal([*kept.images, *images.distinct])[len(kept.images) :]
+        known = len(kept.images)
+        self._features = {i: kept.features[j] for i, j in enumerate(first) if j < known}
+
+    def put(self, image: int, features: Features) -> Features:
+        features = super().put(image, [feature.detach() for feature in features])
+        self.kept.images.append(self.images[image])
+        self.kept.features.append(features)
+        return features
+
+
 @contextlib.contextmanager
 def shared_features(
     adapter: Adapter, images: Images, wanted: dict[str, list[int]], store: FeatureStore

@@ -18,6 +18,7 @@ from fastgrpo.engine.next_token import keep_logits, prompt_passes
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing.group import Group
+from fastgrpo.packing.vision import KeptFeatures
 from fastgrpo.rollout.progress import Progress, stop_criterion
 from fastgrpo.rollout.sampling import Sampling
 from fastgrpo.rollout.state import DecodeState, Prefill
@@ -43,6 +44,7 @@ def generate(
     min_new_tokens: int = 0,
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: Any = None,
+    features: KeptFeatures | None = None,
 ) -> list[Group]:
     """Sample `num_generations` completions of every group's prompt with the model as it is now.
 
@@ -58,8 +60,8 @@ def generate(
 
     `eos_token_id`: one id or several; None takes the model's generation config. `stop_strings` need
     the `tokenizer`. `seed` makes the result repeatable; None draws from the default generator.
-    `max_tokens`: the most prompt tokens encoded in one row. The model's train mode is restored
-    afterwards. Raises `InputError`.
+    `max_tokens`: the most prompt tokens encoded in one row. `features`: as in `score`. The model's
+    train mode is restored afterwards. Raises `InputError`.
     """
     _check_call(groups, num_generations, max_new_tokens)
     if not groups:
@@ -83,7 +85,7 @@ def generate(
         generator = torch.Generator(adapter.device).manual_seed(seed)
     with _evaluating(model):
         state, logits, position = _prefill(
-            adapter, groups, num_generations, max_new_tokens, max_tokens, backend
+            adapter, groups, num_generations, max_new_tokens, max_tokens, backend, features
         )
         progress = Progress(
             [group.prompt_ids for group in groups],
@@ -107,7 +109,7 @@ def _check_call(groups: Sequence[Group], num_generations: int, max_new_tokens: i
             raise InputError(f"{group.name}: has completions already; generate fills empty groups")
 
 
-def _prefill(adapter, groups, num_generations, steps, max_tokens, backend):
+def _prefill(adapter, groups, num_generations, steps, max_tokens, backend, features):
     """The decode state after all prompts, (B, V) logits of the first token, (B,) its position."""
     prefixes: list = [None] * len(groups)
     states: list = [None] * len(groups)
@@ -119,7 +121,8 @@ def _prefill(adapter, groups, num_generations, steps, max_tokens, backend):
         recorders.append(Prefill(layout))
         return recorders[-1]
 
-    for row, members, last in prompt_passes(adapter, groups, max_tokens, backend, observe=record):
+    passes = prompt_passes(adapter, groups, max_tokens, backend, observe=record, features=features)
+    for row, members, last in passes:
         sizes = [groups[i].prompt_ids.numel() for i in members]
         recorded = recorders.pop()
         layers = [(k.split(sizes), v.split(sizes)) for k, v in recorded.layers]

@@ -209,6 +209,7 @@ class LossMixin:
                 backend=self.fast.backend,
                 placeholders="neutralize",
                 balance=balance,
+                features=self._kept_features(model),
                 **totals,
             )
 

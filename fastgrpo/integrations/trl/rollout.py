@@ -19,6 +19,7 @@ from fastgrpo.integrations.trl.gathering import whole_policy
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing import Group
 from fastgrpo.packing.planner import regroup
+from fastgrpo.packing.vision import KeptFeatures
 from fastgrpo.rollout import generate
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class RolloutMixin:
                 tokenizer=self._tokenizer,
                 max_tokens=self.fast.max_tokens,
                 backend=self.fast.backend,
+                features=self._kept_features(model),
             )
         return completion_ids, None
 
@@ -156,6 +158,7 @@ def sample_rows(
     tokenizer=None,
     max_tokens: int | None = None,
     backend: str | None = None,
+    features: KeptFeatures | None = None,
 ) -> list[list[int]]:
     """One completion per row, in row order; rows with the same prompt and images are one group.
 
@@ -194,6 +197,7 @@ def sample_rows(
             tokenizer=tokenizer,
             max_tokens=max_tokens,
             backend=backend,
+            features=features,
             **_keywords(settings),
         )
         for members, group in zip(parts, filled, strict=True):

@@ -19,6 +19,7 @@ from fastgrpo.integrations.trl.attention import AttentionMixin
 from fastgrpo.integrations.trl.batches import BatchMixin
 from fastgrpo.integrations.trl.checkpoints import CheckpointMixin
 from fastgrpo.integrations.trl.fallback import FallbackMixin
+from fastgrpo.integrations.trl.features import FeatureMixin
 from fastgrpo.integrations.trl.gathering import GatheringMixin
 from fastgrpo.integrations.trl.interruptions import FiniteStepsMixin, OneWriter, SaveOnTerm
 from fastgrpo.integrations.trl.loss import LossMixin
@@ -92,6 +93,7 @@ class _FastMixin(
     GatheringMixin,
     ResamplingMixin,
     LossMixin,
+    FeatureMixin,
     PerceptionMixin,
     RewardMixin,
     RolloutMixin,
@@ -235,6 +237,7 @@ class _FastMixin(
                 balance=balance,
                 self_check=False,  # TRLCheck compares more rows, with TRL's own values
                 placeholders="neutralize",
+                features=self._kept_features(model),
             )
 
     def _self_check(self, model, rows, members, logps, inputs: dict, counted: Tensor) -> None:

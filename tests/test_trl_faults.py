@@ -17,12 +17,7 @@ pytest.importorskip("trl")
 from fastgrpo.checkpoints import newest_complete, write_manifest  # noqa: E402
 from fastgrpo.errors import InputError  # noqa: E402
 from fastgrpo.integrations.trl import FastGRPOTrainer  # noqa: E402
-from fastgrpo.testing.trl import build_trainer, save_checkpoint  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("model"))
+from fastgrpo.testing.trl import build_trainer  # noqa: E402
 
 
 @pytest.fixture(scope="module")

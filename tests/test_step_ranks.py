@@ -76,13 +76,12 @@ def worker(store: str, family: str, rank: int) -> None:
     fully_shard(model)
     mine = groups[3:] if rank else groups[:3]  # the last group is text only
     step = fg.GRPOStep(model, obj, max_tokens=41)
-    step(
-        mine,
-        num_tokens=sum(sum(g.lengths) for g in groups),
-        num_sequences=sum(len(g.lengths) for g in groups),
-    )
-    # FSDP averages over the two ranks; the step's loss is their sum
-    got = {n: 2 * g.full_tensor() for n, g in tm.take_grads(model).items()}
+    lengths = [g.lengths for g in mine]
+    totals = torch.tensor([sum(map(sum, lengths)), sum(map(len, lengths))])
+    dist.all_reduce(totals)
+    # FSDP averages over the ranks; the step's loss is their sum.
+    step(mine, num_tokens=totals[0], num_sequences=totals[1], weight=dist.get_world_size())
+    got = {n: g.full_tensor() for n, g in tm.take_grads(model).items()}
     error, where = tm.grad_error(got, want)
     dist.destroy_process_group()
     assert error <= 2e-5, (where, error)

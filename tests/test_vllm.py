@@ -57,9 +57,9 @@ def merged(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
         if "lora_" in plain:
             continue
-        adapter = name.replace(".base_layer.weight", ".lora_{}.default.weight")
-        if adapter.format("A") in parameters:
-            a, b = (parameters[adapter.format(side)] for side in "AB")
+        if name.endswith(".base_layer.weight"):
+            stem = name.removesuffix("base_layer.weight")
+            a, b = (parameters[f"{stem}lora_{side}.default.weight"] for side in "AB")
             weight = weight + 2 * b @ a
         weights[plain] = weight
     return weights

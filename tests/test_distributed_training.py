@@ -18,10 +18,14 @@ pytest.importorskip("trl")
 from fastgrpo.checkpoints import fault_of  # noqa: E402
 from fastgrpo.testing.launch import MODES  # noqa: E402
 
-# Cases that every change runs, each with several things at once, and the others.
-COVERING = ("full", "lora", "greedy", "max_tokens_accumulation")
-OTHERS = (
+# What every change runs; the slow test runs all of the rest.
+COVERING = [(mode, case) for mode in MODES for case in ("greedy", "max_tokens_accumulation")]
+COVERING += [("fsdp2", "lora"), ("zero3", "lora")]
+CASES = (
+    "full",
+    "lora",
     "mixed_rows",
+    "greedy",
     "greedy_lora",
     "evaluation",
     "tied",
@@ -66,15 +70,15 @@ def check(launch, models, mode, case):
         assert len({max(map(len, half)) for half in halves}) == 2  # processes end apart
 
 
-@pytest.mark.parametrize("case", COVERING)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "case"), COVERING)
 def test_two_processes_equal_one(launch, models, mode, case):
     check(launch, models, mode, case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", OTHERS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "case"), [(m, c) for m in MODES for c in CASES if (m, c) not in COVERING]
+)
 def test_two_processes_equal_one_in_every_case(launch, models, mode, case):
     check(launch, models, mode, case)
 

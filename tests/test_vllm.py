@@ -29,6 +29,7 @@ RATIOS = tuple(
     )
 )
 CASES = ("sequence_mask", "token_truncate", "uncorrected", "lora")
+COVERING = (("one", "sequence_mask"), ("fsdp2", "lora"), ("zero3", "sequence_mask"))
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +39,19 @@ def launch():
 
 
 @pytest.fixture(scope="module")
-def trl_alone(launch, tmp_path_factory):
-    """Stock TRL in one process with the same server."""
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     save_checkpoint(folder / "model_images")
-    (folder / "trl").mkdir()
-    for case in CASES:
-        launch("one", "train", folder / "trl", "stock", case)
-    return folder / "trl"
+    return folder
+
+
+def run(launch, folder, mode, kind, case):
+    """The run's folder; a run of TRL alone is kept for the next mode."""
+    output = folder / f"{kind}-{mode}"
+    output.mkdir(exist_ok=True)
+    if not (output / f"{case}.json").exists():
+        launch(mode, "train", output, kind, case)
+    return output
 
 
 def merged(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -65,18 +71,27 @@ def merged(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("mode", ("one", *MODES))
-def test_vllm_rollouts_give_trl_s_numbers_and_weights_arrive(launch, trl_alone, mode):
+def check(launch, folder, mode, case):
     needs(mode)
-    output = trl_alone.parent / mode
-    output.mkdir()
-    for case in CASES:
-        launch(mode, "train", output, "fast", case)
-        metrics = METRICS + (RATIOS if mode == "one" else ())
-        logs = (folder / f"{case}.json" for folder in (output, trl_alone))
-        assert_same_steps(*logs, f"{mode} {case}", metrics)
-        got, want = (torch.load(f / f"{case}.pt", weights_only=True) for f in (output, trl_alone))
-        error, name = largest_difference(got["trainer"], want["trainer"])
-        assert error <= TOLERANCE, f"{mode} {case}: {name} differs from TRL's by {error:.1e}"
-        error, name = largest_difference(got["server"], merged(got["trainer"]))
-        assert error <= 1e-6, f"{mode} {case}: {name} did not arrive ({error:.1e})"
+    trl = run(launch, folder, "one", "stock", case)
+    ours = run(launch, folder, mode, "fast", case)
+    metrics = METRICS + (RATIOS if mode == "one" else ())
+    assert_same_steps(ours / f"{case}.json", trl / f"{case}.json", f"{mode} {case}", metrics)
+    got, want = (torch.load(f / f"{case}.pt", weights_only=True) for f in (ours, trl))
+    error, name = largest_difference(got["trainer"], want["trainer"])
+    assert error <= TOLERANCE, f"{mode} {case}: {name} differs from TRL's by {error:.1e}"
+    error, name = largest_difference(got["server"], merged(got["trainer"]))
+    assert error <= 1e-6, f"{mode} {case}: {name} did not arrive ({error:.1e})"
+
+
+@pytest.mark.parametrize(("mode", "case"), COVERING)
+def test_vllm_rollouts_give_trl_s_numbers_and_weights_arrive(launch, folder, mode, case):
+    check(launch, folder, mode, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "case"), [(m, c) for m in ("one", *MODES) for c in CASES if (m, c) not in COVERING]
+)
+def test_vllm_rollouts_in_every_mode(launch, folder, mode, case):
+    check(launch, folder, mode, case)

@@ -29,7 +29,6 @@ RATIOS = tuple(
     )
 )
 CASES = ("sequence_mask", "token_truncate", "uncorrected", "lora")
-COVERING = (("one", "sequence_mask"), ("fsdp2", "lora"), ("zero3", "sequence_mask"))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,10 @@ def merged(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return weights
 
 
-def check(launch, folder, mode, case):
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", ("one", *MODES))
+def test_vllm_rollouts_give_trl_s_numbers_and_weights_arrive(launch, folder, mode, case):
     needs(mode)
     trl = run(launch, folder, "one", "stock", case)
     ours = run(launch, folder, mode, "fast", case)
@@ -82,16 +84,3 @@ def check(launch, folder, mode, case):
     assert error <= TOLERANCE, f"{mode} {case}: {name} differs from TRL's by {error:.1e}"
     error, name = largest_difference(got["server"], merged(got["trainer"]))
     assert error <= 1e-6, f"{mode} {case}: {name} did not arrive ({error:.1e})"
-
-
-@pytest.mark.parametrize(("mode", "case"), COVERING)
-def test_vllm_rollouts_give_trl_s_numbers_and_weights_arrive(launch, folder, mode, case):
-    check(launch, folder, mode, case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mode", "case"), [(m, c) for m in ("one", *MODES) for c in CASES if (m, c) not in COVERING]
-)
-def test_vllm_rollouts_in_every_mode(launch, folder, mode, case):
-    check(launch, folder, mode, case)

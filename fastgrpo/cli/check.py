@@ -14,9 +14,10 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fastgrpo.checkpoints import newest_complete
 from fastgrpo.cli import doctor
@@ -61,55 +62,63 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1)
 
 
+class Findings(list[Finding]):
+    """What was found so far."""
+
+    def look(self, part: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns; raises `Stop` where it refuses."""
+        try:
+            return work()
+        except InputError as error:
+            self.append(Finding(part, "fault", str(error)))
+            raise Stop from error
+
+    def say(self, part: str, lines: Iterable[tuple[str, str]]) -> None:
+        self.extend(Finding(part, state, text) for state, text in lines)
+
+
 def check(arguments: list[str]) -> list[Finding]:
     """Everything there is to say about a run with these arguments, in the order it would matter."""
-    findings: list[Finding] = []
-
-    def look(part: str, work: Callable[[], object]):
-        try:
-            result = work()
-        except InputError as error:
-            findings.append(Finding(part, "fault", str(error)))
-            raise Stop from error
-        return result
-
-    def say(part: str, lines: Iterator[tuple[str, str]]) -> None:
-        findings.extend(Finding(part, state, text) for state, text in lines)
-
-    verbosity = logging.getLogger("fastgrpo.data").level
-    logging.getLogger("fastgrpo.data").setLevel(logging.ERROR)  # said below, in full
+    findings = Findings()
+    log = logging.getLogger("fastgrpo.data")
+    verbosity = log.level
+    log.setLevel(logging.ERROR)  # what it would say is found below, in full
     try:
-        notes: list[str] = []
-        config, model_config = look("settings", lambda: parse(arguments, notes.append))
-        say("settings", (("note", text) for text in notes))
-        say("settings", iter([("ok", f"model {model_config.model_name_or_path}")]))
-        processor = look("model", lambda: load_processor(config, model_config))
-        hf_config = look("model", lambda: load_hf_config(config, model_config))
-        say("model", _packing(hf_config))
-        say("batch", _batch(config))
-        train, held_out = look("data", lambda: _load(config, processor))
-        say("data", _data(train, held_out))
-        look("batch", lambda: check_rows(config, len(train)))
-        say("batch", _steps(config, len(train)))
-        rows = _spread(train)
-        prompt_tokens, lines = look("prompts", lambda: _prompts(rows, processor))
-        say("prompts", iter(lines))
-        say("prompts", _context(config, hf_config, prompt_tokens))
-        frame = model_frame(hf_config)
-        asked = look("rewards", lambda: reward_settings(config))
-        functions = asked["reward_funcs"]
-        own = {"environments"} if asked.get("environment_factory") else set()
-        say("rewards", _rewards(functions, train, own))
-        say("rewards", look("rewards", lambda: list(_truth(functions, rows, processor, frame))))
-        memory = look("memory", lambda: estimate(config, model_config, hf_config, prompt_tokens))
-        say("memory", _memory(memory))
-        say("output", _output(config, memory))
-        say("engine", _engine(config))
+        _look_at_all(findings, arguments)
     except Stop:
         pass
     finally:
-        logging.getLogger("fastgrpo.data").setLevel(verbosity)
+        log.setLevel(verbosity)
     return findings
+
+
+def _look_at_all(findings: Findings, arguments: list[str]) -> None:
+    look, say, notes = findings.look, findings.say, []
+    config, model_config = look("settings", lambda: parse(arguments, notes.append))
+    say("settings", [("note", text) for text in notes])
+    say("settings", [("ok", f"model {model_config.model_name_or_path}")])
+    processor = look("model", lambda: load_processor(config, model_config))
+    hf_config = look("model", lambda: load_hf_config(config, model_config))
+    say("model", _packing(hf_config))
+    say("batch", _batch(config))
+    train, held_out = look("data", lambda: _load(config, processor))
+    say("data", _data(train, held_out))
+    look("batch", lambda: check_rows(config, len(train)))
+    say("batch", _steps(config, len(train)))
+    rows = _spread(train)
+    prompt_tokens, lines = look("prompts", lambda: _prompts(rows, processor))
+    say("prompts", lines)
+    say("prompts", _context(config, hf_config, prompt_tokens))
+    frame = model_frame(hf_config)
+    asked = look("rewards", lambda: reward_settings(config))
+    functions = asked["reward_funcs"]
+    own = {"environments"} if asked.get("environment_factory") else set()
+    say("rewards", _rewards(functions, train, own))
+    say("rewards", look("rewards", lambda: list(_truth(functions, rows, processor, frame))))
+    memory = look("memory", lambda: estimate(config, model_config, hf_config, prompt_tokens))
+    say("memory", _memory(memory))
+    say("output", _output(config, memory))
+    say("engine", _engine(config))
 
 
 def _packing(hf_config) -> Iterator[tuple[str, str]]:

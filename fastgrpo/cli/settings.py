@@ -62,26 +62,13 @@ def parse(
     """
     parser = _Parser((FastGRPOConfig, ModelConfig), prog="fastgrpo train", allow_abbrev=False)
     names = {option.lstrip("-").replace("-", "_") for option in parser._option_string_actions}
-    values = _written(arguments)
-    if vlm_r1.is_vlm_r1(values):
-        settings = vlm_r1.translate(values, names)
-        values = settings.values
-        for note in settings.notes:
-            say(note)
-    _check_names(values, names)
-    for note in fit_to_machine(values):
-        say(note)
+    values = _values(arguments, names, say)
     parser.set_defaults(
         lora_dropout=0.0, bf16=_has_bf16(), dataloader_pin_memory=torch.cuda.is_available()
     )
     if "recipe" in values:
         parser.set_defaults(**recipes.load(str(values["recipe"])).config)
-    try:
-        config, model_config = parser.parse_args_into_dataclasses(args=_as_arguments(values))
-    except InputError:
-        raise
-    except (ValueError, RuntimeError, TypeError, OSError) as error:  # TRL's own checks
-        raise InputError(" ".join(str(error).split())) from error
+    config, model_config = _built(parser, values)
     _check(config, model_config)
     for note in _in_motion(config):
         say(note)
@@ -93,6 +80,31 @@ def parse(
         | (config.generation_kwargs or {})
     )
     return config, model_config
+
+
+def _values(
+    arguments: list[str] | None, names: set[str], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The settings by name, VLM-R1's in our words, without what this machine cannot do."""
+    values = _written(arguments)
+    if vlm_r1.is_vlm_r1(values):
+        settings = vlm_r1.translate(values, names)
+        values = settings.values
+        for note in settings.notes:
+            say(note)
+    _check_names(values, names)
+    for note in fit_to_machine(values):
+        say(note)
+    return values
+
+
+def _built(parser: _Parser, values: dict[str, Any]) -> tuple[FastGRPOConfig, ModelConfig]:
+    try:
+        return parser.parse_args_into_dataclasses(args=_as_arguments(values))
+    except InputError:
+        raise
+    except (ValueError, RuntimeError, TypeError, OSError) as error:  # TRL's own checks
+        raise InputError(" ".join(str(error).split())) from error
 
 
 def fit_to_machine(values: dict[str, Any]) -> list[str]:

@@ -14,9 +14,16 @@ from PIL import Image
 
 pytest.importorskip("trl")
 
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoProcessor,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from fastgrpo.cli import main  # noqa: E402
+from fastgrpo.testing.processors import tiny_tokenizer  # noqa: E402
 from fastgrpo.testing.trl import save_checkpoint  # noqa: E402
 
 NUM_ROWS = 5
@@ -105,6 +112,29 @@ def test_mathematics_with_a_text_model(tmp_path):
     main(["eval", str(tmp_path / "text"), *options.split()])
     (one,) = json.loads((tmp_path / "text" / "eval" / "eval.json").read_text())["checkpoints"]
     assert one["figures"]["rows"] == 3 and 0 <= one["figures"]["accuracy"] <= 1
+
+
+def test_a_family_that_is_not_packed_answers_by_transformers(tmp_path, caplog):
+    config = GPT2Config(vocab_size=128, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer(config).save_pretrained(tmp_path / "gpt2")
+    rows = [{"prompt": "2 + 2?" * (i + 1), "solution": "4"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = f"--dataset_name {tmp_path}/rows.jsonl --max_completion_length 5 --task math"
+    main(["eval", str(tmp_path / "gpt2"), *options.split()])
+    assert "gpt2 answers in padded rows" in caplog.text
+    texts = [
+        json.loads(line)["text"]
+        for line in (tmp_path / "gpt2/eval/gpt2/answers.jsonl").read_text().splitlines()[1:]
+    ]
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    for row, text in zip(rows, texts, strict=True):
+        inputs = tokenizer(row["prompt"], return_tensors="pt")
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=5,
+                             eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+        said = ids[0, inputs["input_ids"].shape[1] :]
+        assert text == tokenizer.decode(said, skip_special_tokens=True)
 
 
 def test_a_folder_of_checkpoints_in_order_the_broken_one_named(job, tmp_path, caplog):

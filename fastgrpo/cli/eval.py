@@ -28,7 +28,7 @@ from fastgrpo.cli.processor import image_tokens, load_processor
 from fastgrpo.cli.settings import OneLineErrors, parse
 from fastgrpo.errors import InputError
 from fastgrpo.evaluation import evaluate, task
-from fastgrpo.evaluation.answers import Answerer, Server, Writing, packed
+from fastgrpo.evaluation.answers import Answerer, Server, Writing, packed, padded
 from fastgrpo.evaluation.pages import (
     SUMMARY_JSON,
     SUMMARY_MARKDOWN,
@@ -38,6 +38,7 @@ from fastgrpo.evaluation.pages import (
     write_worst,
 )
 from fastgrpo.evaluation.run import fingerprint, weights_fingerprint
+from fastgrpo.models.registry import family_of
 from fastgrpo.rewards.geometry.frames import FRAMES
 
 logger = logging.getLogger(__name__)
@@ -141,32 +142,51 @@ def _images(dataset, row: int) -> list:
 def _evaluate(name, chosen, dataset, folder, config: FastGRPOConfig, model_config, options):
     """The checkpoint that `model_config` names, its figures and files."""
     place, processor = model_config.model_name_or_path, load_processor(config, model_config)
+    hf_config = load_hf_config(config, model_config)
     template = config.chat_template_kwargs or {}
     writing = Writing(config.max_completion_length, config.repetition_penalty, template)
-    size = getattr(getattr(processor, "image_processor", None), "size", None)
-    settings = {
-        "model": weights_fingerprint(Path(place)) if Path(place).is_dir() else place,
-        "data": fingerprint(dataset),
-        "max_new_tokens": writing.max_new_tokens,
-        "repetition_penalty": writing.repetition_penalty,
-        "chat_template_kwargs": template,
-        "image_size": None if size is None else dict(size),
-        "written_by": options.server or f"packed rows in {dtype_of(config, model_config)}",
-    }
+    unpacked = None if options.server else _why_not_packed(name, hf_config)
+    here = f"{'padded' if unpacked else 'packed'} rows in {dtype_of(config, model_config)}"
 
     def answerer() -> Answerer:
-        hf_config = load_hf_config(config, model_config)
-        if options.server is None:
-            model = load_model(config, model_config, hf_config)
-            return packed(model, processor, writing, backend=config.backend)
-        named = options.served_name or place
-        return Server(options.server, named, processor, hf_config, writing, options.concurrency)
+        if options.server:
+            named = options.served_name or place
+            return Server(options.server, named, processor, hf_config, writing, options.concurrency)
+        model = load_model(config, model_config, hf_config)
+        if unpacked:
+            return padded(model, processor, writing)
+        return packed(model, processor, writing, backend=config.backend)
 
     frames = {f"{side}_frame": getattr(options, f"{side}_frame") for side in ("answer", "solution")}
     return evaluate(
         name, dataset, chosen, answerer, folder,
-        settings=settings,
+        settings=_terms(place, dataset, processor, writing, options.server or here),
         batch_size=options.batch_size,
         frames={key: value for key, value in frames.items() if value},
         progress=functools.partial(tqdm, desc=name, unit="batch", disable=config.disable_tqdm),
     )  # fmt: skip
+
+
+def _terms(place: str, dataset, processor, writing: Writing, written_by: str) -> dict:
+    """What answers of one file must have in common."""
+    size = getattr(getattr(processor, "image_processor", None), "size", None)
+    return {
+        "model": weights_fingerprint(Path(place)) if Path(place).is_dir() else place,
+        "data": fingerprint(dataset),
+        "max_new_tokens": writing.max_new_tokens,
+        "repetition_penalty": writing.repetition_penalty,
+        "chat_template_kwargs": writing.template,
+        "image_size": None if size is None else dict(size),
+        "written_by": written_by,
+    }
+
+
+def _why_not_packed(name: str, hf_config) -> str | None:
+    try:
+        family_of(hf_config)
+    except InputError as error:
+        logger.warning(
+            "%s answers in padded rows, by transformers' own generation: %s", name, error
+        )
+        return str(error)
+    return None

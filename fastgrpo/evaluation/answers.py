@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One greedy answer a row: in this process by packed generation, or from a server."""
+"""One greedy answer a row: in this process, in packed rows where they serve, or from a server."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from fastgrpo.errors import InputError
 from fastgrpo.judges import HTTPJudge
@@ -63,7 +64,9 @@ def packed(model, processor, writing: Writing, *, backend: str | None = None) ->
 
     def answer(rows: Sequence[dict]) -> list[Answer | None]:
         images = [row.get("images") or [] for row in rows]
-        prompts, fields = _encoded(processor, [writing.prompt(processor, r) for r in rows], images)
+        fields = _encoded(processor, [writing.prompt(processor, row) for row in rows], images)
+        masks = fields.pop("attention_mask").bool()
+        prompts = [ids[own] for ids, own in zip(fields.pop("input_ids"), masks, strict=True)]
         vision = adapter.family.split_rows(fields, [len(own) for own in images], len(rows))
         device = adapter.device
         groups = [
@@ -81,27 +84,60 @@ def packed(model, processor, writing: Writing, *, backend: str | None = None) ->
             backend=backend,
         )
         told = frame_columns(frame, processor, images, fields)
-        written = [group.completions[0].tolist() for group in filled]
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [
-            Answer(text, len(ids), bool(ids) and ids[-1] in ends, own)
-            for text, ids, own in zip(texts, written, told, strict=True)
-        ]
+        return _answers(tokenizer, ends, [group.completions[0].tolist() for group in filled], told)
 
     return answer
 
 
-def _encoded(processor, texts: list[str], images: list[list]) -> tuple[list[torch.Tensor], dict]:
-    """Unpadded ids of each prompt, and what the processor made of all images."""
+def padded(model, processor, writing: Writing) -> Answerer:
+    """Answers by transformers' own generation, for a model that packed rows do not serve."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    frame = model_frame(model.config)
+    ends = _end_ids(model, tokenizer)
+    settings = GenerationConfig(  # every field: a checkpoint's own would act in place of one unset
+        do_sample=False,
+        max_new_tokens=writing.max_new_tokens,
+        repetition_penalty=writing.repetition_penalty,
+        no_repeat_ngram_size=0,
+        encoder_no_repeat_ngram_size=0,
+        eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+    @torch.no_grad()
+    def answer(rows: Sequence[dict]) -> list[Answer | None]:
+        images = [row.get("images") or [] for row in rows]
+        fields = _encoded(processor, [writing.prompt(processor, row) for row in rows], images)
+        given = {key: value.to(model.device) for key, value in fields.items()}
+        ids = model.generate(**given, generation_config=settings)[:, fields["input_ids"].shape[1] :]
+        told = frame_columns(frame, processor, images, fields)
+        return _answers(tokenizer, ends, [_to_end(row, ends) for row in ids.tolist()], told)
+
+    return answer
+
+
+def _to_end(ids: list[int], ends: list[int]) -> list[int]:
+    """A row without the padding behind its end token."""
+    last = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: last + 1]
+
+
+def _answers(tokenizer, ends: list[int], written: list[list[int]], told) -> list[Answer | None]:
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    return [
+        Answer(text, len(ids), bool(ids) and ids[-1] in ends, own)
+        for text, ids, own in zip(texts, written, told, strict=True)
+    ]
+
+
+def _encoded(processor, texts: list[str], images: list[list]) -> dict[str, torch.Tensor]:
+    """The model's inputs for these prompts, padded to one length."""
     given = {"images": images} if any(images) else {}
     try:
-        fields = dict(processor(text=texts, padding=True, return_tensors="pt", **given))
+        return dict(processor(text=texts, padding=True, return_tensors="pt", **given))
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"processor: these prompts cannot be encoded: {reason:.300}") from error
-    masks = fields.pop("attention_mask").bool()
-    ids = [row[mask] for row, mask in zip(fields.pop("input_ids"), masks, strict=True)]
-    return ids, fields
 
 
 def _end_ids(core, tokenizer) -> list[int]:

@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, evaluates if asked to, and leaves the model in `output_dir`."""
+    # TRL 1.16 calls transformers' methods by their names before 5.23, at every step.
+    warnings.filterwarnings("ignore", ".*will be removed in v6", FutureWarning)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     config, model_config = parse(arguments)
     trainer = build_trainer(config, model_config)

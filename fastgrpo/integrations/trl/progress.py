@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -66,8 +67,8 @@ class LineProgress(ProgressCallback):
         self._lines = StepLines()
 
     def show_part(self, part: str) -> None:
-        if self.training_bar is not None:
-            self.training_bar.set_postfix_str(part)
+        if self.training_bar is not None:  # in a log file every refresh would be another bar
+            self.training_bar.set_postfix_str(part, refresh=sys.stderr.isatty())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         line = self._lines.line(logs or {}, state.global_step, state.max_steps)

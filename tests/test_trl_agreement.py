@@ -18,6 +18,7 @@ AGREE = {
         per_device_train_batch_size=4,
         steps_per_generation=4,
         gradient_accumulation_steps=2,
+        max_steps=3,
     ),
     "gradient checkpointing": dict(gradient_checkpointing=True),
     "reentrant checkpointing": dict(

@@ -81,8 +81,8 @@ def agree(ours, theirs, metrics=("loss", "grad_norm", "reward", "kl", "entropy")
 
 
 def train_both(checkpoint, tmp_path, metrics=None, fast=SAME_ROWS, **options):
-    """Ours and stock TRL after four steps on `MIXED` rows, agreeing in `metrics`."""
-    options = {"max_steps": 4, "rows": MIXED} | options
+    """Ours and stock TRL after two steps on `MIXED` rows, agreeing in `metrics`."""
+    options = {"max_steps": 2, "rows": MIXED} | options
     runs = []
     for name, cls, extra in (("s", StockTrainer, {}), ("f", FastGRPOTrainer, {"fast": fast})):
         runs.append(build_trainer(cls, checkpoint, tmp_path / name, **extra, **options))

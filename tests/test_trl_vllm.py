@@ -8,14 +8,18 @@ import torch
 
 pytest.importorskip("trl")
 
-from trl_runs import compare  # noqa: E402
+from trl_runs import PATHS, compare  # noqa: E402
 
-from fastgrpo.integrations.trl import FastGRPOTrainer  # noqa: E402
-from fastgrpo.testing.trl import build_trainer, steps_of  # noqa: E402
+from fastgrpo.testing.trl import steps_of  # noqa: E402
 
 VOCABULARY = 90  # text tokens of the tiny checkpoint, no placeholder among them
-MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-OPTIONS = {"use_vllm": True, "vllm_mode": "colocate", "max_steps": 2, "num_iterations": 2}
+OPTIONS = {
+    "use_vllm": True,
+    "vllm_mode": "colocate",
+    "vllm_importance_sampling_clip_max": 1.5,
+    "max_steps": 2,
+    "num_iterations": 2,
+}
 
 
 class Engine:
@@ -50,35 +54,27 @@ def engine(monkeypatch):
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
 
 
-CASES = {mode: {"vllm_importance_sampling_mode": mode} for mode in MODES} | {
-    "both bounds": {
-        "vllm_importance_sampling_mode": "token_truncate",
-        "vllm_importance_sampling_clip_min": 0.8,
-        "vllm_importance_sampling_clip_max": 1.5,
-    },
-    "sequence ratios of the policy": {
-        "vllm_importance_sampling_mode": "token_mask",
-        "importance_sampling_level": "sequence",
-        "loss_type": "grpo",
-    },
-    "vespo": {"vllm_importance_sampling_mode": "token_truncate", "loss_type": "vespo"},
-    "no correction": {"vllm_importance_sampling_correction": False},
+CASES = {
+    "token_truncate": {"vllm_importance_sampling_clip_min": 0.8},
+    "token_mask": {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+    "sequence_truncate": {},
+    "sequence_mask": {"paths": PATHS},
+    "token_truncate of vespo": {"loss_type": "vespo"},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_trl_on_the_same_rollouts(checkpoint, tmp_path, case):
-    stock, *ours = compare(checkpoint, tmp_path, **OPTIONS, **CASES[case])
+    mode = case.split()[0]
+    options = {"paths": ("fused",), "vllm_importance_sampling_mode": mode} | OPTIONS | CASES[case]
+    stock, *ours = compare(checkpoint, tmp_path, **options)
     assert all(run.vllm_generation.syncs == stock.vllm_generation.syncs > 0 for run in ours)
+    ratios = {
+        name: steps_of(stock)[0][f"sampling/importance_sampling_ratio/{name}"]
+        for name in ("min", "max")
+    }
+    assert ratios["max"] == 1.5 if "truncate" in mode else ratios["min"] == 0.0
 
 
-def test_the_correction_reaches_the_fused_loss(checkpoint, tmp_path):
-    norms = {}
-    for mode in (*MODES, None):
-        own = {"vllm_importance_sampling_correction": mode is not None}
-        own |= {"vllm_importance_sampling_mode": mode} if mode else {}
-        options = OPTIONS | {"max_steps": 1, "num_iterations": 1} | own
-        trainer = build_trainer(FastGRPOTrainer, checkpoint, tmp_path / str(mode), **options)
-        trainer.train()
-        norms[mode] = steps_of(trainer)[0]["grad_norm"]
-    assert len({round(norm, 5) for norm in norms.values()}) == len(norms)
+def test_samples_without_a_correction(checkpoint, tmp_path):
+    compare(checkpoint, tmp_path, ("fused",), vllm_importance_sampling_correction=False, **OPTIONS)

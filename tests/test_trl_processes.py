@@ -32,7 +32,10 @@ JOB = textwrap.dedent(
                    per_device_train_batch_size=6, num_generations=4, beta=0.0)
     if kind == "fast":
         trainer = build_trainer(FastGRPOTrainer, Path(folder), Path(output), **options,
-                                fast={"keep_groups": False, "exact_zero_advantages": True})
+                                fast={"keep_groups": False, "exact_zero_advantages": True,
+                                      # A process's rows are no whole groups: packed, they would
+                                      # be drawn with other random numbers than TRL's.
+                                      "packed_rollout": False})
     else:
         trainer = build_trainer(GRPOTrainer, Path(folder), Path(output), **options)
     trainer.train()

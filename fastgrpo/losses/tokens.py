@@ -75,7 +75,7 @@ def _lengths(mask: torch.Tensor, seq_ids: torch.Tensor, num_rows: int) -> torch.
     have all tokens of a sequence add to one address."""
     edges = torch.arange(num_rows + 1, device=seq_ids.device)
     before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
-    return before[torch.searchsorted(seq_ids, edges)].diff()
+    return before[torch.searchsorted(seq_ids.contiguous(), edges)].diff()
 
 
 def segment_sum(x: torch.Tensor, seq_ids: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -89,7 +89,12 @@ def text_checkpoint(tmp_path_factory):
 def test_text_model_whose_pad_token_is_its_eos_token(text_checkpoint, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": f"find {i}"}]} for i in range(4)]
     ours, _ = train_both(
-        text_checkpoint, tmp_path, rows=rows, max_completion_length=32, generation_kwargs=None
+        text_checkpoint,
+        tmp_path,
+        rows=rows,
+        max_steps=4,
+        max_completion_length=32,
+        generation_kwargs=None,
     )
     lengths = {entry["completions/min_length"] for entry in steps_of(ours)}
     assert min(lengths) < 32  # some completions did end

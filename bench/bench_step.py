@@ -10,6 +10,7 @@ the vision tower on G copies of the image.
 
 import argparse
 import contextlib
+import functools
 import inspect
 import time
 from types import SimpleNamespace
@@ -83,18 +84,21 @@ def trl_logp(model, group: fg.Group) -> torch.Tensor:
     prompt = group.prompt_ids.expand(count, -1)
     ids = torch.cat([prompt, completions], 1)
     family = fg.models.families()[model.config.model_type]
-    vision = {k: x.repeat(count, *[1] * (x.ndim - 1)) for k, x in group.vision.items()}
+    images = family.split_images(group.vision) if group.vision else []
+    vision = family.join_images(images * count) if images else {}
     given = family.stock_inputs(model.config, ids, vision, prompt.shape[1])
-    given.pop("batch_num_images", None)  # TRL does not pass it on; one image a prompt needs none
     method = inspect.unwrap(GRPOTrainer._get_per_token_logps_and_entropies)
     trainer = SimpleNamespace(accelerator=SimpleNamespace(autocast=contextlib.nullcontext))
+    # What TRL does not pass on reaches the model all the same, so that the padded forward runs.
+    known = inspect.signature(method).parameters
+    beside = {name: given.pop(name) for name in list(given) if name not in known}
     logp, _, _ = method(
         trainer,
-        model,
+        functools.partial(model, **beside),
         ids,
         torch.cat([torch.ones_like(prompt), mask], 1),
         longest,
-        num_images=[len(family.split_images(group.vision))] * count if vision else None,
+        num_images=[len(images)] * count if vision else None,
         **given,
     )
     return logp[mask.bool()]
@@ -118,12 +122,12 @@ def saved_mib(run, model) -> float:
     return sum(sizes.values()) / 2**20
 
 
-def family_rows(name: str) -> list[common.Row]:
+def family_rows(name: str, small: bool) -> list[common.Row]:
     """One family's step, each timed once after a warm-up."""
     from trl.trainer.utils import add_fused_lm_head
 
-    model, group = families.build(name)
-    stock, _ = families.build(name)
+    model, group = families.build(name, small=small)
+    stock, _ = families.build(name, small=small)
     add_fused_lm_head(stock)
     grads, ms = {}, {}
     weights = torch.linspace(-1, 1, sum(group.lengths))
@@ -151,7 +155,7 @@ def rows(args: argparse.Namespace) -> list[common.Row]:
 
     if chosen := getattr(args, "family", None):
         names = fg.models.families() if chosen == ["all"] else chosen
-        return [row for name in names for row in family_rows(name)]
+        return [row for name in names for row in family_rows(name, args.small)]
     shape = "small" if args.small else "cuda" if args.device == "cuda" else "full"
     model, group = build(shape, args.device)
     stock, _ = build(shape, args.device)

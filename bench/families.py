@@ -90,9 +90,14 @@ SHAPES: dict[str, tuple[dict, dict, dict, list]] = {
 }  # fmt: skip
 
 
-def build(name: str) -> tuple[torch.nn.Module, fg.Group]:
-    """The model in float32 and one group of `GENERATIONS` completions."""
+def build(name: str, *, small: bool = False) -> tuple[torch.nn.Module, fg.Group]:
+    """The model in float32 and one group of `GENERATIONS` completions; `small`: of the sizes of
+    tests, to see that it runs."""
     text, vision, top, images = SHAPES.get(name, ({}, {}, {}, []))
+    if small:
+        model = tm.tiny_model(name).train()
+        specs = [([(4, 6)] if images else [], 5, [3, 8, 4])]
+        return model, tm.synthetic_groups(model, specs)[0]
     model = tm.tiny_model(name, text=_DECODER | text, vision=vision, **top).train()
     low, high = LENGTHS
     lengths = torch.linspace(low, high, GENERATIONS).long().tolist()

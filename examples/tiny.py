@@ -52,7 +52,8 @@ def overrides(name: str, folder: Path) -> list[str]:
     """Writes a model and four rows for the example into `folder`; the settings that name them."""
     family = FAMILIES.get(name, "qwen2_5_vl")
     settings = SIZE | {"model_name_or_path": save_checkpoint(folder / "model", family)}
-    settings |= {"output_dir": folder / "run"}
+    # Without the example's instructions: a token is a character here.
+    settings |= {"output_dir": folder / "run", "question_template": "{Question}"}
     if name == "math":
         rows = [{"problem": f"what is {i} + {i}?", "solution": str(2 * i)} for i in range(4)]
         (folder / "rows.json").write_text(json.dumps(rows))

@@ -6,5 +6,9 @@ The model calls an environment's public methods as tools; what they return is ma
 by TRL. The system's reward reads the environment of its rollout (column `environments`).
 """
 
+from fastgrpo.errors import require
+
+require("fastgrpo.environments", "rewards", "PIL")
+
 from fastgrpo.environments.environment import Environment, Step, ToolFault
 from fastgrpo.environments.registry import get, names

@@ -8,14 +8,17 @@ name is left as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from fastgrpo.images import ImageFault, image_size
 from fastgrpo.models.registry import families
-from fastgrpo.rewards.geometry.frames import UNSTATED, Size
+
+# The registry imports this module, also where the packages of images and rewards are missing: they
+# are imported by the functions that need them.
+if TYPE_CHECKING:
+    from fastgrpo.rewards.geometry.frames import Size
 
 # A family's convention, as `Coordinates` names it, in the words of the rewards.
 _FRAMES = {
@@ -31,6 +34,8 @@ def model_frame(config: Any) -> str | None:
 
     "unstated" for a vision model whose family states none, None for a model without vision.
     """
+    from fastgrpo.rewards.geometry.frames import UNSTATED
+
     family = families().get(getattr(config, "model_type", None))
     stated = family and family.coordinates
     if stated is not None:
@@ -62,6 +67,8 @@ def frame_columns(
 
 
 def _upright(image: Any) -> Size | None:
+    from fastgrpo.images import ImageFault, image_size
+
     try:
         return image_size(image)
     except ImageFault:

@@ -167,7 +167,7 @@ def predict(kernel: str, t: Tiles, shape: str, registers: int, shared: int) -> L
         summed = START + written / PROCESSORS / rate
     return Line(
         kernel=kernel,
-        tiles=list(t),
+        tiles=list(t[:4]),
         shape=shape,
         registers=registers,
         shared=shared,
@@ -187,7 +187,7 @@ def compiled_lines() -> list[Line]:
 
     lines = []
     for kernel, candidates in CANDIDATES.items():
-        for t in map(Tiles._make, candidates):
+        for t in (Tiles(*candidate) for candidate in candidates):
             report = aot.report(aot_spec(kernel, ARCH, "bf16", D, 0, 0.0, t), ARCH)
             if report.problems:
                 print(f"{kernel} {tuple(t)}: {'; '.join(report.problems)}")

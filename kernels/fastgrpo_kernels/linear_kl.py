@@ -21,6 +21,9 @@ from fastgrpo_kernels.launch import launch
 from fastgrpo_kernels.token_kl import excess
 
 BLOCK, NUM_WARPS = 1024, 4
+# Left to itself ptxas spills in a loop of the gradients on sm_100 (triton 3.6), to fit a ninth
+# program on a multiprocessor.
+GRAD_OPTIONS = {"maxnreg": 64}
 
 
 @triton.jit
@@ -166,6 +169,7 @@ def _logit_gradients(
         OVERLAY=overlay,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
+        **GRAD_OPTIONS,
     )
 
 
@@ -198,6 +202,7 @@ def aot_specs() -> list[KernelSpec]:
                 {"OVERLAY": dtype == "*bf16", "BLOCK": BLOCK},
                 num_warps=NUM_WARPS,
                 label=dtype[1:],
+                options=GRAD_OPTIONS,
             )
         )
     return specs

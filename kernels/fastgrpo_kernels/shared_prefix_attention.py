@@ -54,6 +54,7 @@ def _constants(t: Tiles, head_dim: int, window: int, softcap: float, block_rows:
         "ENTRY": block_rows,
         "num_warps": t.warps,
         "num_stages": t.stages,
+        "maxnreg": t.registers,
     }
 
 
@@ -201,6 +202,7 @@ def aot_spec(
     t = t or compiled_tiles(kernel, arch, dtype == "fp32", head_dim, not window and not softcap)
     constants = _constants(t, head_dim, window, softcap, 128)
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+    options = {"maxnreg": constants.pop("maxnreg")}
     flags = "".join(f",{n}" for n, on in (("window", window), ("softcap", softcap)) if on)
     return KernelSpec(
         _KERNELS[kernel],
@@ -211,6 +213,7 @@ def aot_spec(
         hot=dtype != "fp32",
         matmul=True,
         label=f"{dtype},D={head_dim}{flags}",
+        options=options,
         archs=(arch,),
     )
 

@@ -13,20 +13,23 @@ class Tiles(NamedTuple):
     n: int  # keys
     warps: int
     stages: int
+    registers: int | None = None  # a thread's limit; None: ptxas weighs them against occupancy
 
 
 # Chosen without a GPU: the largest tiles that compile without spilling a register by triton 3.6 and
 # 3.9, with two stages of loads where shared memory and registers allow. Columns: head dimension up
 # to 64, below 128 (padded to it), 128, above. sm_80's rows also fit the 99 KiB of shared memory of
 # consumer cards. `fastgrpo doctor --compile` prints registers and spills. Those of sm_90 at 128 are
-# what bench/occupancy.py finds best, two programs of dkv and of fwd to a multiprocessor.
-TILES = {  # (m, n, warps, stages)
+# what bench/occupancy.py finds best, two programs of dkv and of fwd to a multiprocessor. The
+# limit of registers: under triton 3.6 ptxas spills for a third program, for which shared memory has
+# no room.
+TILES = {  # (m, n, warps, stages[, registers])
     "fwd sm_80": ((128, 64, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
     "fwd sm_90": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 8, 2)),
     "fwd sm_100": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     "dq sm_80": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
     "dq sm_90": ((128, 64, 8, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
-    "dq sm_100": ((64, 64, 8, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+    "dq sm_100": ((64, 64, 8, 2), (64, 64, 8, 2, 128), (128, 64, 8, 2), (64, 32, 8, 2)),
     "dkv sm_80": ((64, 32, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
     "dkv sm_90": ((64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 1), (32, 32, 8, 2)),
     "dkv sm_100": ((64, 64, 8, 2), (32, 64, 4, 1), (64, 64, 8, 1), (32, 32, 8, 2)),

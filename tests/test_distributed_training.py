@@ -19,13 +19,19 @@ from fastgrpo.checkpoints import fault_of  # noqa: E402
 from fastgrpo.testing.launch import MODES  # noqa: E402
 
 # What every change runs; the slow test runs all of the rest.
-COVERING = [(mode, case) for mode in MODES for case in ("greedy", "max_tokens_accumulation")]
-COVERING += [("fsdp2", "lora"), ("zero3", "lora")]
+COVERING = [
+    ("ddp", "max_tokens_accumulation"),
+    ("fsdp2", "greedy"),
+    ("fsdp2", "lora"),
+    ("zero2", "greedy"),
+    ("zero3", "max_tokens_accumulation"),
+]
 CASES = (
     "full",
     "lora",
     "mixed_rows",
     "greedy",
+    "max_tokens_accumulation",
     "greedy_lora",
     "evaluation",
     "tied",

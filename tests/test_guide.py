@@ -17,6 +17,7 @@ import trl  # noqa: E402
 from markdown_blocks import runnable  # noqa: E402
 
 from fastgrpo.cli import main  # noqa: E402
+from fastgrpo.rewards.core import registry  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -36,6 +37,7 @@ def test_marked_blocks_run_in_their_order(page, tmp_path, monkeypatch, capsys):
     """Those of a page share a folder and their names, as a reader who follows it would."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))  # a page's rewards are its own
     names: dict = {"__name__": "guide"}
     for block in runnable(page.read_text("utf-8")):
         if block.file is not None:

@@ -172,7 +172,7 @@ def test_images_that_differ_in_one_pixel_are_not_merged():
     b = fg.Group(a.prompt_ids, a.completions, a.vision | {"pixel_values": pixels})
     got = fg.score(model, [a, b])
     want = tm.naive_logp(model, [a, b])
-    assert float((want[0][0] - want[1][0]).abs().max()) > 1e-4
+    assert (want[0][0] - want[1][0]).abs().max().item() > 1e-4
     torch.testing.assert_close(got[1].logp[0], want[1][0], atol=2e-5, rtol=0)
 
 

@@ -65,6 +65,6 @@ def test_parity(checkpoint, tmp_path, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", itertools.product(*FACTORS[:-1]), ids=case_name)
+@pytest.mark.parametrize("case", list(itertools.product(*FACTORS[:-1])), ids=case_name)
 def test_parity_full(checkpoint, tmp_path, case):
     compare(checkpoint, tmp_path, fast=FAST, max_steps=20, **settings(*case))

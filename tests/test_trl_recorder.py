@@ -31,13 +31,14 @@ class FakeTrainer:
     def _prepare_inputs(self):
         self._generate_single_turn()
         self._get_per_token_logps_and_entropies()
-        self._calculate_rewards([{"image_path": ["a.png"], "solution": (1, 2), "id": 4}])
+        rows = [{"image_path": ["a.png"], "solution": (1, 2), "id": 4}]
+        self._calculate_rewards(rows, ["where?"], ["there"])
         self.clock(1)
 
     def _generate_single_turn(self):
         self.clock(2)
 
-    def _calculate_rewards(self, inputs):
+    def _calculate_rewards(self, inputs, prompts, completions):
         self.clock(4)
 
     def _get_per_token_logps_and_entropies(self):

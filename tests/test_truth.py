@@ -132,7 +132,7 @@ def framed_recipes():
             yield name
 
 
-@pytest.mark.parametrize("name", framed_recipes())
+@pytest.mark.parametrize("name", list(framed_recipes()))
 def test_every_recipe_with_boxes_fails_on_a_frame_that_is_wrong(name):
     recipe = recipes.load(name)
     columns = recipe.example["columns"] | SIZES | {"prompt": "q"}

@@ -37,7 +37,10 @@ def trained(checkpoint, output, resume=None, **options):
 
 
 # Bytes a file may have before the disk is "full": each stops the save in another file.
-@pytest.mark.parametrize("limit", (100, 700, 5_000, 40_000, 200_000))
+LIMITS = (100, *(pytest.param(n, marks=pytest.mark.slow) for n in (700, 5_000, 200_000)), 40_000)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
 def test_a_disk_that_fills_leaves_whole_checkpoints_only(checkpoint, saved, tmp_path, limit):
     output = tmp_path / "run"
     shutil.copytree(saved, output)

@@ -40,9 +40,15 @@ def projection(
     process_group: "torch.distributed.ProcessGroup | None",
 ) -> Projection:
     """The arguments of `op`, checked, with the implementation that serves them."""
-    weight = check_head(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, validate, process_group
-    )
+    weight = whole_weight(weight)
+    _check_tensors(hidden, weight, targets, bias, temperature)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    check_positive("logit_scale", logit_scale)
+    host = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
+    if validate or (validate is None and host):
+        # A shard's targets may lie in another one's part of the vocabulary.
+        _check_values(targets, temperature, weight.shape[0] if process_group is None else None)
     impl = select_head(op, hidden, impl)
     if impl == "reference" and process_group is not None:
         raise InputError("process_group: impl 'reference' has no vocabulary shards")
@@ -60,49 +66,37 @@ def projection(
     )
 
 
-def check_head(
+def _check_tensors(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     temperature: float | torch.Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    validate: bool | None,
-    process_group: "torch.distributed.ProcessGroup | None" = None,
-) -> torch.Tensor:
-    """Check the arguments of a projection; returns the weight as an ordinary (V, D) tensor."""
-    weight = whole_weight(weight)
+) -> None:
     sizes: dict[str, int] = {}
     check_tensor("hidden", hidden, "N D", like=sizes, floating=True)
-    check_tensor("weight", weight, "V D", like=sizes, dtypes=(hidden.dtype,), device=hidden.device)
-    check_tensor(
-        "targets",
-        targets,
-        "N",
-        like=sizes,
-        dtypes=(torch.int64, torch.int32),
-        device=hidden.device,
-    )
+    here = {"like": sizes, "device": hidden.device}
+    check_tensor("weight", weight, "V D", dtypes=(hidden.dtype,), **here)
+    check_tensor("targets", targets, "N", dtypes=(torch.int64, torch.int32), **here)
     if bias is not None:
-        check_tensor("bias", bias, "V", like=sizes, floating=True, device=hidden.device)
+        check_tensor("bias", bias, "V", floating=True, **here)
     if isinstance(temperature, torch.Tensor):
         check_tensor("temperature", temperature, "N", like=sizes, floating=True)
     else:
         check_positive("temperature", temperature)
-    if softcap is not None:
-        check_positive("softcap", softcap)
-    check_positive("logit_scale", logit_scale)
-    host = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
-    if validate or (validate is None and host):
-        if process_group is None:
-            check_targets(targets, sizes["V"])
-        if isinstance(temperature, torch.Tensor) and not bool((temperature > 0).all()):
-            row = int((~(temperature > 0)).nonzero()[0, 0])
-            raise InputError(
-                f"temperature: row {row} is {float(temperature[row])}, expected a number > 0"
-            )
-    return weight
+
+
+def _check_values(
+    targets: torch.Tensor, temperature: float | torch.Tensor, vocabulary: int | None
+) -> None:
+    """Checks that read tensors; targets where all of the vocabulary is here."""
+    if vocabulary is not None:
+        check_targets(targets, vocabulary)
+    if isinstance(temperature, torch.Tensor) and not bool((temperature > 0).all()):
+        row = int((~(temperature > 0)).nonzero()[0, 0])
+        raise InputError(
+            f"temperature: row {row} is {float(temperature[row])}, expected a number > 0"
+        )
 
 
 def select_head(op: str, hidden: torch.Tensor, impl: str | None) -> str:

@@ -15,9 +15,7 @@ from pathlib import Path
 import common
 from bench_whole_step import SHAPES, SMALL, Job, prepare
 
-from fastgrpo.testing.launch import Launcher
-
-MODES = ("ddp", "fsdp2", "zero2", "zero3")
+from fastgrpo.testing.launch import MODES, Launcher
 
 
 def rows(args: argparse.Namespace) -> list[common.Row]:

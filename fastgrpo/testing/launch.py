@@ -19,7 +19,7 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
-MODES = ("ddp", "fsdp2", "zero2", "zero3")
+MODES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 class Launcher:

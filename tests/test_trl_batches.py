@@ -9,6 +9,7 @@ pytest.importorskip("trl")
 from trl_runs import MIXED  # noqa: E402
 
 from fastgrpo.integrations.trl import FastGRPOTrainer  # noqa: E402
+from fastgrpo.integrations.trl.batches import join_pixel_values  # noqa: E402
 from fastgrpo.testing.models import IMAGE_ID, VIDEO_ID  # noqa: E402
 from fastgrpo.testing.trl import build_trainer, steps_of  # noqa: E402
 
@@ -84,3 +85,33 @@ def test_a_sampled_placeholder_is_left_out_of_the_loss_and_counted(
     for entry in steps_of(trainer):
         assert entry["fastgrpo/sampled_placeholders"] == 4
         assert 0 < entry["grad_norm"] < float("inf")
+
+
+@pytest.mark.parametrize(
+    ("rows", "copied"), [([0, 1, 2], False), ([1, 2], False), ([1, 0], True), ([0, 2], True)]
+)
+def test_pieces_of_a_tensor_are_joined_where_they_lie(rows, copied):
+    pixels, grids = torch.rand(9, 2), torch.arange(9).view(3, 3)
+    batch = {
+        "pixel_values": [pixels.split([2, 4, 3])[row] for row in rows],
+        "image_grid_thw": [grids.split(1)[row] for row in rows],
+        "num_images": [1 for _ in rows],
+    }
+    joined = join_pixel_values(batch)
+    assert torch.equal(joined["pixel_values"], torch.cat(batch["pixel_values"]))
+    assert torch.equal(joined["image_grid_thw"], torch.cat(batch["image_grid_thw"]))
+    assert joined["num_images"] == batch["num_images"]
+    inside = joined["pixel_values"].untyped_storage().data_ptr() == pixels.data_ptr()
+    assert inside is not copied
+
+
+def test_pieces_of_other_tensors_are_copied_together():
+    wide, empty = torch.rand(4, 6), torch.rand(0, 3)
+    for pieces in (
+        [torch.rand(2, 3), torch.rand(1, 3)],
+        list(wide[:, :3].split(2)),  # columns of a wider one
+        list(wide.view(8, 3).split(4)),  # views of another shape than the memory they lie in
+        list(empty.split([0, 0])),
+    ):
+        joined = join_pixel_values({"pixel_values": pieces})["pixel_values"]
+        assert torch.equal(joined, torch.cat(pieces))

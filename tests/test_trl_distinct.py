@@ -10,7 +10,7 @@ from PIL import Image
 
 pytest.importorskip("trl")
 
-from fastgrpo.integrations.trl.distinct import _repeated, distinct_rows  # noqa: E402
+from fastgrpo.integrations.trl.distinct import _repeated, _VisionRows, distinct_rows  # noqa: E402
 from fastgrpo.models.adapter import Adapter  # noqa: E402
 from fastgrpo.testing.models import tiny_model  # noqa: E402
 from fastgrpo.testing.processors import tiny_processor  # noqa: E402
@@ -136,16 +136,17 @@ def test_fields_a_family_cannot_take_apart_are_not_repeated(adapter):
         "pixel_attention_mask": torch.ones(2, 2, 8, 8, dtype=torch.bool),
     }
     ids = {"input_ids": torch.zeros(2, 3, dtype=torch.int64)}
-    smolvlm = Adapter(tiny_model("smolvlm"))
+    smolvlm = _VisionRows(Adapter(tiny_model("smolvlm")))
     assert _repeated(smolvlm, ids | mixed, [2, 2], [0, 0, 1]) is None
     fields = ids | {
         "pixel_values": torch.rand(8, 6),
         "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]]),
         "other": torch.rand(3),
     }
-    assert _repeated(adapter, fields, [1, 1], [0, 0, 1]) is None
+    vision_rows = _VisionRows(adapter)
+    assert _repeated(vision_rows, fields, [1, 1], [0, 0, 1]) is None
     del fields["other"]
-    again = _repeated(adapter, fields, [1, 1], [0, 0, 1])
+    again = _repeated(vision_rows, fields, [1, 1], [0, 0, 1])
     first, second = fields["pixel_values"].split(4)
     assert torch.equal(again["pixel_values"], torch.cat([first, first, second]))
 
@@ -155,6 +156,26 @@ def test_rows_of_one_image_each_are_repeated_whole():
         "pixel_values": torch.rand(2, 3, 3, 8, 8),  # LLaVA-NeXT: padded to the most tiles
         "image_sizes": torch.tensor([[8, 8], [8, 16]]),
     }
-    again = _repeated(Adapter(tiny_model("llava_next")), fields, [1, 1], [0, 1, 1])
+    vision_rows = _VisionRows(Adapter(tiny_model("llava_next")))
+    again = _repeated(vision_rows, fields, [1, 1], [0, 1, 1])
     assert torch.equal(again["pixel_values"], fields["pixel_values"][[0, 1, 1]])
     assert again["image_sizes"].tolist() == [[8, 8], [8, 16], [8, 16]]
+
+
+def test_the_same_inputs_are_repeated_once(adapter):
+    fields = {
+        "input_ids": torch.zeros(2, 3, dtype=torch.int64),
+        "pixel_values": torch.rand(8, 6),
+        "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]]),
+    }
+    vision_rows = _VisionRows(adapter)
+    pixels = _repeated(vision_rows, fields, [1, 1], [0, 0, 1])["pixel_values"]
+    copies = fields | {"pixel_values": fields["pixel_values"].clone()}
+    assert _repeated(vision_rows, copies, [1, 1], [0, 0, 1])["pixel_values"] is pixels
+    other = _repeated(vision_rows, copies, [1, 1], [0, 1, 1])["pixel_values"]
+    assert torch.equal(
+        other, torch.cat([copies["pixel_values"][:4], *[copies["pixel_values"][4:]] * 2])
+    )
+    copies["pixel_values"][0, 0] += 1
+    changed = _repeated(vision_rows, copies, [1, 1], [0, 1, 1])["pixel_values"]
+    assert changed[0, 0] == other[0, 0] + 1

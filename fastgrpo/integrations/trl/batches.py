@@ -45,7 +45,7 @@ class BatchMixin:
             batch = self._generate_and_score_completions(generation_batch)
             batch = take_rows(split_pixel_values_by_grid(batch), self._row_order(batch))
             self._buffered_inputs = [
-                unsplit_pixel_values(chunk) for chunk in split_tensor_dict(batch, steps)
+                join_pixel_values(chunk) for chunk in split_tensor_dict(batch, steps)
             ]
         return self._buffered_inputs[self._step % steps]
 
@@ -101,3 +101,27 @@ def take_rows(batch: dict, order: list[int]) -> dict:
         return value[order] if isinstance(value, Tensor) else [value[row] for row in order]
 
     return {key: take(value) for key, value in batch.items()}
+
+
+def join_pixel_values(batch: dict) -> dict:
+    """TRL's `unsplit_pixel_values_by_grid`, which copies nothing that lies in memory as it is."""
+    whole = {key: _joined(value) for key, value in batch.items() if isinstance(value, list)}
+    return unsplit_pixel_values(batch | {k: v for k, v in whole.items() if v is not None})
+
+
+def _joined(pieces: list) -> Tensor | None:
+    """One tensor's pieces, which follow one another in it, as a view of it; None for others."""
+    if not pieces or not all(isinstance(piece, Tensor) for piece in pieces):
+        return None
+    whole = pieces[0]._base
+    if whole is None or not whole.is_contiguous() or whole.numel() == 0:
+        return None
+    first, rest = divmod(pieces[0].storage_offset() - whole.storage_offset(), whole.stride(0))
+    stop = first
+    for piece in pieces:
+        offset = whole.storage_offset() + stop * whole.stride(0)
+        same_rows = piece.shape[1:] == whole.shape[1:] and piece.stride() == whole.stride()
+        if rest or piece._base is not whole or not same_rows or piece.storage_offset() != offset:
+            return None
+        stop += len(piece)
+    return whole[first:stop]

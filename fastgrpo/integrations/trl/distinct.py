@@ -35,6 +35,7 @@ def distinct_rows(trainer, adapter: Adapter) -> Iterator[None]:
 def _standing_in(processor: ProcessorMixin, adapter: Adapter) -> ProcessorMixin:
     """An object of the processor's class that shares all its attributes; only calls differ."""
     cls = type(processor)
+    vision_rows = _VisionRows(adapter)
 
     class OfDistinctRows(cls):
         def __call__(self, images=None, text=None, **kwargs):
@@ -42,7 +43,7 @@ def _standing_in(processor: ProcessorMixin, adapter: Adapter) -> ProcessorMixin:
             other = any(kwargs.get(kind) is not None for kind in ("videos", "audio"))
             if other or not _by_row(images, text):
                 return read(images=images, text=text, **kwargs)
-            return _read(read, adapter, images, text, kwargs)
+            return _read(read, vision_rows, images, text, kwargs)
 
     double = object.__new__(OfDistinctRows)
     double.__dict__ = processor.__dict__
@@ -59,7 +60,7 @@ def _by_row(images: Any, text: Any) -> bool:
     )
 
 
-def _read(read, adapter: Adapter, images: list, text: list[str], kwargs: dict):
+def _read(read, vision_rows: _VisionRows, images: list, text: list[str], kwargs: dict):
     kept, number = [0], [0]  # the distinct rows, and which of them each row is
     for i in range(1, len(text)):
         if not (text[i] == text[kept[-1]] and _same(images[i], images[kept[-1]])):
@@ -68,7 +69,7 @@ def _read(read, adapter: Adapter, images: list, text: list[str], kwargs: dict):
     if len(kept) < len(text):
         some = read(images=[images[i] for i in kept], text=[text[i] for i in kept], **kwargs)
         counts = [len(images[i] or ()) for i in kept]
-        if (fields := _repeated(adapter, some, counts, number)) is not None:
+        if (fields := _repeated(vision_rows, some, counts, number)) is not None:
             return type(some)(fields)
     return read(images=images, text=text, **kwargs)
 
@@ -89,31 +90,69 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _repeated(
-    adapter: Adapter, fields: Mapping[str, Any], counts: list[int], number: Sequence[int]
+    vision_rows: _VisionRows, fields: Mapping[str, Any], counts: list[int], number: list[int]
 ) -> dict[str, Any] | None:
     """The fields of rows `number` (B,) from those of R distinct rows with `counts` images each.
 
-    None where a field is neither one entry a row nor what the family takes apart: undone and made
-    again, the R rows must give the same fields.
+    None where a field is neither one entry a row nor what the family takes apart.
     """
-    family, repeated = adapter.family, {}
-    for name in fields.keys() - set(family.vision_inputs):
+    vision_inputs, repeated = vision_rows.adapter.family.vision_inputs, {}
+    for name in fields.keys() - set(vision_inputs):
         if len(fields[name]) != len(counts):
             return None
         repeated[name] = _rows(fields[name], number)
-    vision = {
-        name: torch.as_tensor(np.asarray(fields[name]))
-        for name in family.vision_inputs
-        if fields.get(name) is not None
-    }
-    if all(count == 1 for count in counts) and all(len(x) == len(counts) for x in vision.values()):
-        return repeated | {name: _rows(x, number) for name, x in vision.items()}
-    images = family.image_counts(adapter.config, fields["input_ids"], vision, counts)
-    rows = family.split_rows(vision, images, len(counts))
-    again = family.join_images([row for row in rows if row])
-    if again.keys() != vision.keys() or any(not torch.equal(again[k], vision[k]) for k in vision):
-        return None
-    return repeated | family.join_images([rows[n] for n in number if rows[n]])
+    of_rows = vision_rows(fields, counts, number)
+    return None if of_rows is None else repeated | of_rows
+
+
+class _VisionRows:
+    """The tower's inputs of B rows from those of the distinct ones; the same tensors where the
+    inputs are those of the call before."""
+
+    def __init__(self, adapter: Adapter):
+        self.adapter = adapter
+        self.before: tuple[dict[str, Tensor], list[int], list[int]] | None = None
+        self.repeated: dict[str, Tensor] | None = None
+
+    def __call__(
+        self, fields: Mapping[str, Any], counts: list[int], number: list[int]
+    ) -> dict[str, Tensor] | None:
+        """None where the family does not take the inputs apart: undone and made again, the R rows
+        must give the same."""
+        vision = {
+            name: torch.as_tensor(np.asarray(fields[name]))
+            for name in self.adapter.family.vision_inputs
+            if fields.get(name) is not None
+        }
+        if self.before is None or not (
+            _equal_tensors(self.before[0], vision) and self.before[1:] == (counts, number)
+        ):
+            self.repeated = self._repeat(fields, vision, counts, number)
+            kept = {name: x.clone() for name, x in vision.items()}
+            self.before = kept, counts, number
+        return self.repeated
+
+    def _repeat(
+        self,
+        fields: Mapping[str, Any],
+        vision: dict[str, Tensor],
+        counts: list[int],
+        number: list[int],
+    ) -> dict[str, Tensor] | None:
+        if all(count == 1 for count in counts) and all(
+            len(x) == len(counts) for x in vision.values()
+        ):
+            return {name: _rows(x, number) for name, x in vision.items()}
+        family = self.adapter.family
+        images = family.image_counts(self.adapter.config, fields["input_ids"], vision, counts)
+        rows = family.split_rows(vision, images, len(counts))
+        if not _equal_tensors(family.join_images([row for row in rows if row]), vision):
+            return None
+        return family.join_images([rows[n] for n in number if rows[n]])
+
+
+def _equal_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
 
 
 def _rows(values: Any, number: Sequence[int]) -> Any:

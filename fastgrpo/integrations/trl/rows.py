@@ -209,7 +209,8 @@ def plan_micro_batches(
     with a `live` row are spread evenly over the optimizer steps of `batches_per_step` chunks each,
     in parts where there are fewer of them than steps, so that no step holds dead rows alone while
     another has several live ones. Within a step a group is placed into the first chunk with room
-    for all of it; rows of the groups that fit nowhere fill the gaps.
+    for all of it; rows of the groups that fit nowhere fill the gaps. Rows of a chunk keep the order
+    they came in.
     """
     rows_of_group: dict[int, list[int]] = {}
     for row in order:
@@ -224,7 +225,7 @@ def plan_micro_batches(
     for members in steps:
         chunks: list[list[list[int]]] = [[] for _ in range(num_batches // num_steps)]
         _fill(chunks, members, len(order) // num_batches)
-        plan += [row for chunk in chunks for part in chunk for row in part]
+        plan += [row for chunk in chunks for row in sorted(row for part in chunk for row in part)]
     return plan
 
 

@@ -34,6 +34,7 @@ REFUSED = {
     "max_pixels: 32 is below the processor's own minimum of 64": dict(max_pixels=32),
     "min_pixels: 5000 is above the processor's own maximum of 4096": dict(min_pixels=5000),
     "max_pixels: 63 is less than the 64 pixels of one": dict(min_pixels=1, max_pixels=63),
+    "max_tiles: the processor of .* does not cut images into tiles": dict(max_tiles=4),
 }
 
 

@@ -12,11 +12,12 @@ pytest.importorskip("trl")
 from fastgrpo import InputError  # noqa: E402
 from fastgrpo.cli import main  # noqa: E402
 from fastgrpo.cli.data import load_data  # noqa: E402
-from fastgrpo.cli.train import parse  # noqa: E402
+from fastgrpo.cli.train import load_processor, parse  # noqa: E402
+from fastgrpo.testing.processors import tiny_processor  # noqa: E402
 from fastgrpo.testing.trl import save_checkpoint  # noqa: E402
 
-# The flags of run_scripts/run_grpo_rec.sh, ..._lora.sh, ..._more_params.sh and run_grpo_gui.sh, the
-# shell's variables in braces; detection is the first with the rewards of VLM-R1's OVD recipe.
+# The flags of the scripts in run_scripts, the shell's variables in braces; ovd is the first of them
+# with the rewards of VLM-R1's OVD recipe.
 COMMON = """
 --per_device_train_batch_size {batch} --gradient_accumulation_steps 2 --gradient_checkpointing true
 --logging_steps 1 --num_train_epochs 2 --bf16 --attn_implementation flash_attention_2
@@ -28,51 +29,89 @@ HEAD = """
 --data_file_paths {data} --image_folders {images}
 """
 REC = HEAD + "--is_reward_customized_from_vlm_module True --task_type rec" + COMMON
+PLAIN = "--data_seed 42 --reward_funcs accuracy format --beta 0.04 "
+LORA = """
+--learning_rate 1e-5 --use_peft true --lora_r 64 --lora_alpha 128 --lora_dropout 0.05
+--lora_task_type CAUSAL_LM --freeze_vision_modules true
+"""
 LINES = {
-    "rec": REC + "--data_seed 42 --reward_funcs accuracy format --beta 0.04",
-    "lora": REC + "--data_seed 42 --reward_funcs accuracy format --beta 0.04 --learning_rate 1e-5 "
-    "--use_peft true --lora_r 64 --lora_alpha 128 --lora_dropout 0.05 "
-    "--lora_task_type CAUSAL_LM --freeze_vision_modules true",
-    "more params": REC
-    + "--data_seed 42 --reward_funcs accuracy format --beta 0.04 --epsilon_high 0.28",
+    "rec": REC + PLAIN,
+    "lora": REC + PLAIN + LORA,
+    "more params": REC + PLAIN + "--epsilon_high 0.28",
+    "internvl": REC + PLAIN + "--max_anyres_num 6",
     "multi-image gui": HEAD
     + "--is_reward_customized_from_vlm_module False --reward_method all_match --task_type gui"
     + COMMON
     + "--max_steps 2 --reward_funcs accuracy format --beta 0.04",
+    "gui defect": HEAD
+    + "--is_reward_customized_from_vlm_module False --task_type gui_defect"
+    + COMMON
+    + PLAIN,
     "ovd": HEAD
     + "--is_reward_customized_from_vlm_module False --reward_method odLength --task_type odLength"
     + COMMON
     + "--reward_funcs accuracy format length repetition --beta 0.0",
 }
-# run_grpo_rec.sh and run_grpo_rec_lora.sh of src/open-r1-multimodal/run_scripts, for grpo_rec.py.
-LINES["grpo_rec"] = """
+# The scripts of src/open-r1-multimodal/run_scripts; the one for several nodes turns a YAML into
+# its arguments.
+OLDER = """
 --deepspeed local_scripts/zero3.json --output_dir {out} --model_name_or_path {model}
---dataset_name {repo}/rec.yaml --image_root {images} --max_prompt_length 1024 --num_generations 8
---per_device_train_batch_size 1 --gradient_accumulation_steps 2 --logging_steps 1 --bf16
---torch_dtype bfloat16 --data_seed 42 --report_to wandb --gradient_checkpointing false
---attn_implementation flash_attention_2 --num_train_epochs 2 --run_name {name} --save_steps 100
---save_only_model true
+--max_prompt_length 1024 --per_device_train_batch_size {batch} --logging_steps 1 --bf16
+--report_to wandb --attn_implementation flash_attention_2 --run_name {name} --save_steps 100
 """
-LINES["grpo_rec lora"] = LINES["grpo_rec"] + (
-    "--learning_rate 1e-5 --use_peft true --lora_r 64 --lora_alpha 128 --lora_dropout 0.05 "
-    "--lora_task_type CAUSAL_LM --freeze_vision_modules true"
-)
-BATCH = {"multi-image gui": 2}
+EPOCHS = "--torch_dtype bfloat16 --data_seed 42 --num_train_epochs 2 "
+GROUP = "--num_generations 8 --gradient_accumulation_steps 2 --save_only_model true "
+LISTED = OLDER + EPOCHS + "--dataset_name {repo}/{data}.yaml --image_root {images} "
+LINES |= {
+    "grpo_rec": LISTED + GROUP + "--gradient_checkpointing false",
+    "grpo_rec lora": LISTED + GROUP + "--gradient_checkpointing true" + LORA,
+    "grpo_rec more params": LISTED
+    + "--num_generations 2 --gradient_accumulation_steps 4 --gradient_checkpointing false "
+    + "--beta 0.0 --epsilon_high 0.28",
+    "grpo_rec internvl": LISTED
+    + GROUP
+    + "--freeze_vision_modules true --max_anyres_num 6 --gradient_checkpointing true",
+    "older gui": OLDER
+    + EPOCHS
+    + GROUP
+    + "--dataset_name none --image_folders {images} --data_file_paths {data} "
+    + "--freeze_vision_modules true --gradient_checkpointing true",
+    "several nodes": OLDER
+    + GROUP
+    + "--dataset_name Idefics-ai2d --data_file_paths {data} --image_folders {images} "
+    + "--max_pixels 401408 --max_steps 2 --save_total_limit 3",
+}
+# What is not the same in every script; 2 rows, or 4 for the line whose steps take 4 prompts.
+BATCH = {"multi-image gui": 2, "grpo_rec internvl": 8, "older gui": 8}
+BATCH |= dict.fromkeys(("grpo_rec", "grpo_rec lora", "grpo_rec more params", "several nodes"), 1)
+DATA = {"multi-image gui": "two.jsonl", "older gui": "two.jsonl", "ovd": "ovd.jsonl"}
+DATA |= {"gui defect": "defects.json", "grpo_rec more params": "four", "several nodes": "one.jsonl"}
+DATA |= dict.fromkeys(("grpo_rec", "grpo_rec lora", "grpo_rec internvl"), "rec")
+BY_ANSWER = ("multi-image gui", "gui defect", "ovd", "older gui", "several nodes")
 DETECTED = '```json\n[{"bbox_2d": [1, 2, 9, 9], "label": "cat"}]\n```'
+ROWS = {
+    "one.jsonl": (1, "[1, 2, 9, 9]"),
+    "two.jsonl": (2, "a"),
+    "ovd.jsonl": (1, DETECTED),
+    "defects.json": (2, "yes"),
+}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vlm-r1")
-    (folder / "Qwen2.5-VL-tiny").mkdir()
-    save_checkpoint(folder / "Qwen2.5-VL-tiny")
+    for name, family in (("Qwen2.5-VL-tiny", "qwen2_5_vl"), ("InternVL2_5-tiny", "internvl")):
+        (folder / name).mkdir()
+        save_checkpoint(folder / name, family)
     for i in range(4):
         Image.radial_gradient("L").resize((16 + 8 * (i % 2), 24)).save(folder / f"{i}.png")
-    for name, count, answer in (("one", 1, "[1, 2, 9, 9]"), ("two", 2, "a"), ("ovd", 1, DETECTED)):
+    for name, (count, answer) in ROWS.items():
+        # run_grpo_gui_defect_detection.sh names no image folder, so that its images are paths.
+        names = [str(folder / f"{i}.png") if name == "defects.json" else f"{i}.png" for i in (0, 1)]
         rows = [
             {
                 "id": i,
-                "image": f"{i}.png" if count == 1 else [f"{i}.png", f"{(i + 1) % 4}.png"],
+                "image": names[i] if count == 1 else [names[i], names[1 - i]],
                 "conversations": [
                     {"from": "human", "value": "<image>" * count + f"find {i}"},
                     {"from": "gpt", "value": answer},
@@ -80,20 +119,25 @@ def place(tmp_path_factory):
             }
             for i in range(2)
         ]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    rows = [{"image": f"{i}.png", "problem": f"find {i}", "solution": [1, 2, 9, 9]} for i in (2, 3)]
-    (folder / "rec.json").write_text(json.dumps(rows))
-    (folder / "rec.yaml").write_text(f"datasets:\n    - json_path: {folder / 'rec.json'}\n")
+        (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    rows = [
+        {"image": f"{i}.png", "problem": f"find {i}", "solution": [1, 2, 9, 9]}
+        for i in (2, 3, 0, 1)
+    ]
+    for name, count in (("rec", 2), ("four", 4)):
+        (folder / f"{name}.json").write_text(json.dumps(rows[:count]))
+        listed = f"datasets:\n    - json_path: {folder / name}.json\n"
+        (folder / f"{name}.yaml").write_text(listed)
     return folder
 
 
 def arguments(place, line, out):
-    data = {"multi-image gui": "two", "ovd": "ovd"}.get(line, "one")
+    data = DATA.get(line, "one.jsonl")
     text = LINES[line].format(
         out=out,
-        model=place / "Qwen2.5-VL-tiny",
-        data=place / f"{data}.jsonl",
-        images=place,
+        model=place / ("InternVL2_5-tiny" if "internvl" in line else "Qwen2.5-VL-tiny"),
+        data=place / data if "." in data else data,
+        images="" if line == "gui defect" else place,
         name=line.split()[0],
         repo=place,
         batch=BATCH.get(line, 8),
@@ -101,14 +145,29 @@ def arguments(place, line, out):
     return text.split()
 
 
-@pytest.mark.parametrize("line", ["lora", "multi-image gui", "grpo_rec"])
-def test_a_published_command_line_trains_when_cut_short(place, tmp_path, line):
+@pytest.fixture
+def internvl(monkeypatch):
+    """InternVL's own processor loads only with torchvision, for its videos."""
+    from transformers import AutoConfig, AutoProcessor
+
+    load = AutoProcessor.from_pretrained
+
+    def loaded(name, **options):
+        if "InternVL" not in str(name):
+            return load(name, **options)
+        return tiny_processor(AutoConfig.from_pretrained(name))
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", loaded)
+
+
+@pytest.mark.parametrize("line", ["lora", "internvl", "multi-image gui", "grpo_rec"])
+def test_a_published_command_line_trains_when_cut_short(place, tmp_path, internvl, line):
     check_run(place, tmp_path, line, "--max_completion_length", "16")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", LINES)
-def test_a_published_command_line_trains(place, tmp_path, line):
+def test_a_published_command_line_trains(place, tmp_path, internvl, line):
     check_run(place, tmp_path, line)
 
 
@@ -116,12 +175,31 @@ def check_run(place, tmp_path, line, *extra):
     main(["train", *arguments(place, line, tmp_path / "run"), *extra])
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     steps = [entry for entry in history if "loss" in entry]
-    assert len(steps) == 2  # two rows, two prompts a step, two epochs
+    assert len(steps) == 2  # each row in two of them
     rewards = {key for key in steps[0] if key.startswith("rewards/") and key.endswith("/mean")}
-    first = "vlm_r1_accuracy" if line in ("multi-image gui", "ovd") else "vlm_r1_iou"
+    model = "_internvl" if "internvl" in line else ""
+    first = "vlm_r1_accuracy" if line in BY_ANSWER else f"vlm_r1_iou{model}"
     assert f"rewards/{first}/mean" in rewards
     assert len(rewards) == (4 if line == "ovd" else 2)
     assert (tmp_path / "run" / "quarantine.jsonl").read_text() == ""
+
+
+def test_internvl_is_asked_in_its_own_words_with_at_most_so_many_tiles(
+    place, tmp_path, internvl, caplog
+):
+    (config, model), notes = said(caplog, place, tmp_path, line="internvl")
+    assert config.reward_funcs == ["vlm_r1/iou_internvl", "vlm_r1/format_rec_internvl"]
+    assert config.task_type == "default" and config.max_tiles == 6
+    assert any(note.startswith("max_anyres_num: is max_tiles") for note in notes)
+    counts = []
+    for config.max_tiles in (6, 2, 1):
+        processor = load_processor(config, model)
+        wide = Image.new("RGB", (96, 16))
+        counts.append(len(processor.image_processor(wide, return_tensors="pt")["pixel_values"]))
+    assert counts == [7, 3, 1]  # and a thumbnail, which a single tile is itself
+    config.max_tiles = 0
+    with pytest.raises(InputError, match="max_tiles: expected at least .* 1, got 0"):
+        load_processor(config, model)
 
 
 def said(caplog, place, tmp_path, *extra, line="rec"):

@@ -59,6 +59,7 @@ class FastGRPOConfig(RenamedConfig):
     max_image_pixels: int = _option(MAX_PIXELS, "Images with more pixels are set aside unread.")
     min_pixels: int | None = _option(None, "Images are enlarged to at least this many pixels.")
     max_pixels: int | None = _option(None, "Images are reduced to at most this many pixels.")
+    max_tiles: int | None = _option(None, "Images are cut into at most this many tiles.")
     reward_funcs: list[str] = field(
         default_factory=lambda: ["vlm_r1/iou", "vlm_r1/format_rec"],
         metadata={"help": "Names known to fastgrpo.rewards, or package.module:function."},

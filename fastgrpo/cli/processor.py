@@ -14,10 +14,12 @@ _TOKEN_NAMES = ("image", "video", "audio", "boi", "eoi", "vision_start", "vision
 
 
 def load_processor(config: FastGRPOConfig, model_config: ModelConfig):
-    """The model's processor, padding on the left, with `min_pixels` and `max_pixels` applied.
+    """The model's processor, padding on the left, with `min_pixels`, `max_pixels` and `max_tiles`
+    applied.
 
     Raises `InputError` for limits that are not above zero, contradict each other or the
-    processor's own, or are smaller than the pixels of one image token.
+    processor's own, are smaller than the pixels of one image token, or do not suit how the
+    processor sizes images.
     """
     from transformers import AutoProcessor
 
@@ -45,6 +47,8 @@ def load_processor(config: FastGRPOConfig, model_config: ModelConfig):
         raise InputError(f"model_name_or_path: no processor in {name!r}: {reason}") from error
     if chosen:
         _limit_pixels(getattr(processor, "image_processor", None), chosen, name)
+    if config.max_tiles is not None:
+        _limit_tiles(getattr(processor, "image_processor", None), config.max_tiles, name)
     return processor
 
 
@@ -79,3 +83,13 @@ def _limit_pixels(image_processor, chosen: dict[str, int], name: str) -> None:
     if high < unit:
         raise InputError(f"max_pixels: {high} is less than the {unit} pixels of one image token")
     image_processor.size = size | {"shortest_edge": low, "longest_edge": high}
+
+
+def _limit_tiles(image_processor, count: int, name: str) -> None:
+    """Sets the limit of a processor that cuts images into tiles."""
+    if getattr(image_processor, "max_patches", None) is None:  # transformers' name for tiles
+        raise InputError(f"max_tiles: the processor of {name} does not cut images into tiles")
+    low = image_processor.min_patches
+    if count < low:
+        raise InputError(f"max_tiles: expected at least the processor's own {low}, got {count}")
+    image_processor.max_patches = count

@@ -91,6 +91,7 @@ def translate(values: dict[str, Any], known: Container[str]) -> Settings:
         settings.drop("dataset_name", "VLM-R1 takes a dummy here; the rows are data_file_paths'")
     _mixture(settings)
     _rewards(settings)
+    _words(settings)
     for name, ours in RENAMED.items():
         if name in settings.values:
             settings.values[ours] = settings.values.pop(name)
@@ -150,19 +151,23 @@ def _true(settings: Settings, name: str) -> bool:
     return value in TRUE
 
 
+def _family(settings: Settings) -> str:
+    model = str(settings.values.get("model_name_or_path", "")).lower()
+    return next((family for family in CUSTOMIZED if family in model), "qwen")
+
+
 def _rewards(settings: Settings) -> None:
     names, table = _listed(settings.values["reward_funcs"]), REWARDS
     customized = _true(settings, "is_reward_customized_from_vlm_module")
     settings.values.pop("is_reward_customized_from_vlm_module", None)
     if customized:
-        task, model = settings.values["task_type"], settings.values.get("model_name_or_path", "")
+        task = settings.values["task_type"]
         if task != "rec":
             raise InputError(
                 f"task_type: is_reward_customized_from_vlm_module has rewards for rec only, got "
                 f"{task!r}"
             )
-        family = next((key for key in CUSTOMIZED if key in str(model).lower()), "qwen")
-        table = CUSTOMIZED[family]
+        table = CUSTOMIZED[_family(settings)]
     for name in names:
         if name not in table and "/" not in name and ":" not in name:
             raise InputError(f"reward_funcs: {name!r} is none of VLM-R1's {', '.join(table)}")
@@ -170,6 +175,14 @@ def _rewards(settings: Settings) -> None:
     mapped = [f"{name} is {table[name]}" for name in names if name in table]
     if mapped:
         settings.notes.append(f"reward_funcs: {', '.join(mapped)}")
+
+
+def _words(settings: Settings) -> None:
+    """Its modules of InternVL and GLM ask every task in the words of the default one."""
+    task = settings.values["task_type"]
+    if _family(settings) != "qwen" and task != "default":
+        settings.values["task_type"] = "default"
+        settings.notes.append(f"task_type: {task} is asked in VLM-R1's default words here")
 
 
 def _ignored_there(settings: Settings, known: Container[str]) -> None:
@@ -183,7 +196,12 @@ def _ignored_there(settings: Settings, known: Container[str]) -> None:
 
 
 def _tiles(settings: Settings) -> None:
-    if "max_anyres_num" in settings.values:
+    if "max_anyres_num" not in settings.values:
+        return
+    if _family(settings) == "internvl":
+        settings.values["max_tiles"] = settings.values.pop("max_anyres_num")
+        settings.notes.append("max_anyres_num: is max_tiles here")
+    else:
         settings.drop("max_anyres_num", "tiles of InternVL only; limit other images by max_pixels")
 
 

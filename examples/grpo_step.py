@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ SIDE, HALF = 112, 56
 IOU = fg.rewards.get("vlm_r1/iou", answer_frame="image", solution_frame="image")
 
 
-def draw(rng: random.Random) -> tuple[Image.Image, str, list[int]]:
+def draw(rng: random.Random) -> tuple[Image.Image, str, str]:
     """An image with a digit in each half, the question, and the box of the digit asked for."""
     image = Image.new("RGB", (SIDE, SIDE), "white")
     digits = rng.sample(range(10), 2)
@@ -34,7 +35,7 @@ def draw(rng: random.Random) -> tuple[Image.Image, str, list[int]]:
         ImageDraw.Draw(image).text((x, y), str(digit), fill="navy", font_size=24)
         boxes.append(list(ImageDraw.Draw(image).textbbox((x, y), str(digit), font_size=24)))
     question = f"Where is the {digits[0]}? Answer with a box in JSON: [x1, y1, x2, y2]."
-    return image, question, [round(side) for side in boxes[0]]
+    return image, question, str([round(side) for side in boxes[0]])
 
 
 def group_of(processor, image: Image.Image, question: str) -> fg.Group:
@@ -48,15 +49,18 @@ def group_of(processor, image: Image.Image, question: str) -> fg.Group:
     return fg.Group(inputs["input_ids"][0], [], vision)
 
 
-def rewards_of(processor, group: fg.Group, box: list[int]) -> torch.Tensor:
-    """The IoU of each completion's box; NaN where it could not be scored."""
+def rewards_of(processor, group: fg.Group, solution: str, reward: Callable) -> torch.Tensor:
+    """What `reward` pays each completion; NaN where it could not be scored."""
     texts = processor.batch_decode(group.completions, skip_special_tokens=True)
     completions = [[{"role": "assistant", "content": text}] for text in texts]
-    scores = IOU(prompts=texts, completions=completions, solution=[str(box)] * len(texts))
+    scores = reward(prompts=texts, completions=completions, solution=[solution] * len(texts))
     return torch.tensor([float("nan") if score is None else score for score in scores])
 
 
-def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
+def main(
+    arguments: list[str] | None = None, draw=draw, group_of=group_of, reward=IOU
+) -> list[dict[str, float]]:
+    """Trains on tasks of `draw`, prompts by `group_of`, paid by `reward`; each step's metrics."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="Qwen/Qwen2.5-VL-3B-Instruct")
     parser.add_argument("--tiny", action="store_true", help="a tiny model with random weights")
@@ -78,12 +82,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
     rng, log = random.Random(0), []
     for number in range(args.steps):
         tasks = [draw(rng) for _ in range(args.prompts)]
-        asked = [group_of(processor, image, question) for image, question, _ in tasks]
+        asked = [group_of(processor, seen, question) for seen, question, _ in tasks]
         groups = fg.generate(
             model, asked, args.generations, max_new_tokens=args.max_new_tokens, seed=number
         )
         pairs = zip(groups, tasks, strict=True)
-        rewards = [rewards_of(processor, group, box) for group, (_, _, box) in pairs]
+        rewards = [rewards_of(processor, group, right, reward) for group, (*_, right) in pairs]
         advantages = fg.group_advantages(torch.cat(rewards), args.generations)
         for group, own in zip(groups, advantages.split(args.generations), strict=True):
             group.advantages = own

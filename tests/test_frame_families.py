@@ -22,7 +22,7 @@ from fastgrpo.images import load_image
 from fastgrpo.integrations.trl.frames import drawn_frames
 from fastgrpo.models import families
 from fastgrpo.models.frames import frame_columns, model_frame
-from fastgrpo.report.pictures import drawn_boxes
+from fastgrpo.report.pictures import drawn_shapes
 from fastgrpo.rewards.geometry.frames import FRAMES, UNSTATED
 from fastgrpo.testing.models import tiny_model
 
@@ -116,7 +116,7 @@ def test_the_report_draws_the_same_boxes(family, situation, tmp_path):
         function = rewards.get("vlm_r1/iou", solution_frame=truth)
         (drawn,) = drawn_frames([function], [row], [text])
         assert json.loads(drawn)["index"] == len(frames["image_sizes"]) - 1
-        boxes = drawn_boxes({"solution": row["solution"], "frames": drawn}, text)
+        boxes = drawn_shapes({"solution": row["solution"], "frames": drawn}, text)
         assert close_to(boxes[0], [BOX]) and close_to(boxes[1], [MOVED]), truth
 
 

@@ -19,7 +19,7 @@ from fastgrpo.cli import main as cli  # noqa: E402
 from fastgrpo.errors import InputError  # noqa: E402
 from fastgrpo.report import curves, write_report  # noqa: E402
 from fastgrpo.report import page as pages  # noqa: E402
-from fastgrpo.report.pictures import PREDICTED, TRUTH, boxes_of, drawn_boxes, thumbnail  # noqa: E402
+from fastgrpo.report.pictures import PREDICTED, TRUTH, drawn_shapes, shapes_of, thumbnail  # noqa: E402
 from fastgrpo.report.run import read_run  # noqa: E402
 
 HOSTILE = (
@@ -255,11 +255,7 @@ def test_every_image_of_a_row_is_shown_with_the_frames_of_its_boxes(run, tmp_pat
     row |= {"image_path": paths, "frames": json.dumps(told | {"index": 1}), "solution": "[1,1,9,9]"}
     write_completions(run, [row])
     page = read(write_report(run))
-    first, second = (Image.open(io.BytesIO(png)).convert("RGB") for png in page.images)
-    colours = [
-        {f"#{bytes(colour).hex()}" for _, colour in picture.getcolors(maxcolors=100)}
-        for picture in (first, second)
-    ]
+    colours = [colours_of(png) for png in page.images]
     assert colours[0] == {"#ffffff"} and {TRUTH, PREDICTED} <= colours[1]
     assert "answer in thousandths, solution in image; image 40 x 40" in page.text
 
@@ -270,7 +266,7 @@ def test_report_command_prints_the_page(run, capsys, no_curves):
 
 
 @pytest.mark.parametrize(
-    "value, boxes",
+    "value, shapes",
     [
         ("<answer>[1,2,3,4]</answer>", [[1, 2, 3, 4]]),
         ("[9,9,9,9] <answer>{'bbox': [1, -2.5, 3, 4]}</answer>", [[1, -2.5, 3, 4]]),
@@ -278,12 +274,32 @@ def test_report_command_prints_the_page(run, capsys, no_curves):
         ([1, 2, 3, 4], [[1, 2, 3, 4]]),
         ([1, 2, 3], []),
         ("[1,2,3]", []),
+        ([5, 6], [[5, 6]]),
+        ('[{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 3.5]}]', [[1, 2, 3, 4], [2, 3.5]]),
         (None, []),
         ("[1," * 100_000, []),
     ],
 )
-def test_boxes_of(value, boxes):
-    assert boxes_of(value) == boxes
+def test_shapes_of(value, shapes):
+    assert shapes_of(value) == shapes
+
+
+def colours_of(png):
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    return {f"#{bytes(colour).hex()}" for _, colour in picture.getcolors(maxcolors=100)}
+
+
+def test_thumbnail_draws_points_where_they_are_and_nothing_that_lies_outside(tmp_path):
+    path = tmp_path / "image.png"
+    Image.new("RGB", (80, 40), "white").save(path)
+    picture = Image.open(io.BytesIO(thumbnail(str(path), [[20, 10]], []))).convert("RGB")
+    ring = [picture.getpixel(at) for at in ((36, 20), (44, 20), (40, 16), (40, 24))]  # scaled by 2
+    assert {f"#{bytes(colour).hex()}" for colour in ring} == {TRUTH}
+    assert picture.getpixel((40, 20)) == (255, 255, 255)
+    huge = 9e8  # PIL draws the whole of an outline: half a minute for one of this size
+    outside = [[-huge, -huge, huge, huge], [huge, 5], [85, 2, 99, 9], [3, -40, 9, -20], [-7, 4]]
+    assert colours_of(thumbnail(str(path), [], outside)) == {"#ffffff"}
+    assert PREDICTED in colours_of(thumbnail(str(path), [], [[-huge, 5, huge, 9]]))
 
 
 def test_thumbnail_draws_both_boxes_and_survives_any_numbers(tmp_path):
@@ -293,8 +309,7 @@ def test_thumbnail_draws_both_boxes_and_survives_any_numbers(tmp_path):
     png = thumbnail(str(path), [[10, 10, 30, 30]], wild)
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     assert picture.size == (160, 80)
-    colours = {f"#{bytes(colour).hex()}" for _, colour in picture.getcolors(maxcolors=100)}
-    assert {TRUTH, PREDICTED} <= colours
+    assert {TRUTH, PREDICTED} <= colours_of(png)
     assert thumbnail(str(tmp_path / "absent.png"), [], []) is None
 
 
@@ -310,9 +325,9 @@ def test_thumbnail_draws_both_boxes_and_survives_any_numbers(tmp_path):
 def test_boxes_are_drawn_in_pixels_of_the_image(frame, said):
     told = {"answer": frame, "solution": "image", "image": [320, 240], "seen": [448, 280]}
     row = {"solution": "[80, 60, 160, 180]", "frames": json.dumps(told)}
-    truth, predicted = drawn_boxes(row, f"<answer>{said}</answer>")
+    truth, predicted = drawn_shapes(row, f"<answer>{said}</answer>")
     assert truth == [[80, 60, 160, 180]] and predicted[0] == pytest.approx(truth[0])
     unknown = json.dumps(told | {"image": None, "seen": None, "answer": "seen"})
-    assert drawn_boxes(row | {"frames": unknown}, f"<answer>{said}</answer>") == ([], [])
-    assert drawn_boxes(row | {"frames": ""}, f"<answer>{said}</answer>") == ([], [])
-    assert drawn_boxes({"solution": "[80, 60, 160, 180]"}, "none") == (truth, [])
+    assert drawn_shapes(row | {"frames": unknown}, f"<answer>{said}</answer>") == ([], [])
+    assert drawn_shapes(row | {"frames": ""}, f"<answer>{said}</answer>") == ([], [])
+    assert drawn_shapes({"solution": "[80, 60, 160, 180]"}, "none") == (truth, [])

@@ -6,7 +6,7 @@ import json
 import pytest
 
 import fastgrpo as fg
-from fastgrpo.report.pictures import boxes_of
+from fastgrpo.report.pictures import shapes_of
 from fastgrpo.rewards.read.boxes import first_box
 
 
@@ -29,4 +29,4 @@ def test_a_solution_in_scientific_notation_is_scored():
     completion = [[{"role": "assistant", "content": "<answer>[0, 0, 10, 20]</answer>"}]]
     (reward,) = fg.rewards.get("vlm_r1/iou")(completions=completion, solution=[solution])
     assert reward == pytest.approx(0.5, abs=1e-5)  # 10 x 10 inside 10 x 20
-    assert boxes_of(solution) == [[1e-05, 0.0, 10.0, 10.0]]
+    assert shapes_of(solution) == [[1e-05, 0.0, 10.0, 10.0]]

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastgrpo.report import html
 from fastgrpo.report.curves import CURVES, draw_curves, draw_histograms
-from fastgrpo.report.pictures import drawn_boxes, thumbnail
+from fastgrpo.report.pictures import drawn_shapes, thumbnail
 from fastgrpo.report.run import Run, read_run
 
 GROUPS_SHOWN = 3  # of the first and of the last logged step
@@ -109,7 +109,7 @@ def _completions(run: Run) -> str:
         return ""
     parts = [
         "<h2>Completions</h2>"
-        '<p class="soft">Boxes: <b class="truth">ground truth</b>, '
+        '<p class="soft">Boxes and points: <b class="truth">ground truth</b>, '
         '<b class="predicted">prediction</b>. '
         "The advantage says how a completion compares with the others of its group.</p>"
     ]
@@ -152,8 +152,8 @@ def _pictures(row: dict[str, Any], text: str) -> str:
     frames = json.loads(row.get("frames") or "{}")
     shown = []
     for index, path in enumerate(paths):
-        boxes = drawn_boxes(row, text) if index == frames.get("index", 0) else ([], [])
-        png = thumbnail(path, *boxes)
+        shapes = drawn_shapes(row, text) if index == frames.get("index", 0) else ([], [])
+        png = thumbnail(path, *shapes)
         gone = f'<span class="soft">not readable: {escape(path)}</span>'
         shown.append(html.image(png, f"image {index + 1}") if png else gone)
     if frames:

@@ -11,6 +11,8 @@ Numbers are decimals, in scientific notation too.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -87,14 +89,27 @@ def bracket_box(text: str, start: int = 0) -> list[float] | None:
 def bracket_boxes(text: str, limit: int) -> list[list[float]]:
     """Every `[a, b, c, d]` of the text, at most `limit`."""
     boxes: list[list[float]] = []
-    for part in text.split("]", MAX_BRACKETS)[:-1]:
-        opened = part.rfind("[", max(0, len(part) - MAX_BOX_CHARS))
-        box = _decimals(f"{part[opened:]}]") if opened >= 0 else None
+    for opened in _opened(text):
+        box = _decimals(f"{opened}]")
         if box is not None:
             boxes.append(box)
         if len(boxes) == limit:
             break
     return boxes
+
+
+def bracket_points(text: str, limit: int) -> list[list[float]]:
+    """Every `[x, y]` of the text, at most `limit`."""
+    points = (_decimals(f"{opened},0,0]") for opened in _opened(text))
+    return [point[:2] for point in islice(filter(None, points), limit)]
+
+
+def _opened(text: str) -> Iterator[str]:
+    """What stands from a bracket to the next closing one, without that."""
+    for part in text.split("]", MAX_BRACKETS)[:-1]:
+        opened = part.rfind("[", max(0, len(part) - MAX_BOX_CHARS))
+        if opened >= 0:
+            yield part[opened:]
 
 
 def corner_box(text: str) -> list[float] | None:

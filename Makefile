@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := requirements/constraints.txt
 OLDEST := 5.17.0
+SEED   ?= 0
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: env demo test test-matrix test-slow test-gpu gpu sanitize bench families recipes guide docs lint clean
@@ -24,7 +25,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(CONSTRAINTS) $(SOURCES)
 	touch $@
 
 demo: env
-	$(BIN)/python -m fastgrpo.demo --out runs/demo
+	$(BIN)/python -m fastgrpo.demo --out runs/demo --seed $(SEED)
 
 test: env lint
 	$(BIN)/python -m pytest -n 2 -q

@@ -187,6 +187,8 @@ def test_demo_two_steps_leave_a_checkpoint_and_a_report(tmp_path, capsys):
     for part in ("Where a step", "Completions", "vlm_r1_iou", "vlm_r1_format", "held-out IoU"):
         assert part in page
     assert "Not in this report" not in page
-    printed = capsys.readouterr().out
+    shown = capsys.readouterr()
+    printed = shown.out
+    assert len(printed.splitlines()) + shown.err.count("\n") < 60 - 20  # a whole run logs 20 steps
     assert str(out / "report" / "report.html") in printed
     assert "held-out before" in printed and "held-out after" in printed

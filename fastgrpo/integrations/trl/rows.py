@@ -88,8 +88,8 @@ def read_rows(
         )
     if any(kinds[:, width:].any() for kinds in types):
         raise InputError(
-            "images inside a completion (returned by a tool) cannot be packed; train this "
-            "environment with TRL's own trainer"
+            "images inside a completion (returned by a tool) are packed by fg.GRPOStep, not by the "
+            "trainer; train this environment with TRL's own"
         )
     return Rows(
         prompts=[ids[keep] for ids, keep in zip(prompt_ids, prompt_mask, strict=True)],

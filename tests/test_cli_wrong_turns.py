@@ -13,6 +13,7 @@ from PIL import Image
 pytest.importorskip("trl")
 
 from fastgrpo.cli import main  # noqa: E402
+from fastgrpo.cli.check import check  # noqa: E402
 from fastgrpo.testing.trl import save_checkpoint  # noqa: E402
 
 
@@ -68,6 +69,7 @@ WRONG = {
     "--loss_type best": "loss_type: expected one of .*dapo.*, got 'best'",
     "--reward_compat both": "reward_compat: expected one of fixed, upstream",
     "--model_name_or_path {job}/none": "model_name_or_path: no processor in",
+    "--model_name_or_path nobody/nothing": "model_name_or_path: no processor in 'nobody/nothing'",
     "--model_name_or_path {job}/rows.jsonl": "model_name_or_path: no processor in",
     "--data_file_paths {job}/none.jsonl": "data_file_paths: .*none.jsonl is not a file",
     "--data_file_paths {job}": "data_file_paths: .* is not a file",
@@ -100,17 +102,20 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_turn_is_one_line(job, wrong):
+def test_a_wrong_turn_is_one_line_and_a_check_finds_it(job, wrong):
     options = wrong.format(job=job).split()
     config = [] if "--config" in options else ["--config", str(job / "config.yaml")]
+    expected = WRONG[wrong].replace("{{", "{").replace("}}", "}")
     with (job / "busy" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(SystemExit) as stop:
             main(["train", *options, *config])
+        faults = [found.text for found in check([*options, *config]) if found.state == "fault"]
     message = str(stop.value.code)
     assert message.startswith("fastgrpo train: ") and "\n" not in message
     assert len(message) < 800
-    assert re.search(WRONG[wrong].replace("{{", "{").replace("}}", "}"), message), message
+    assert re.search(expected, message), message
+    assert any(re.search(expected, fault) and "\n" not in fault for fault in faults), faults
 
 
 def test_a_package_that_is_not_installed_is_named_with_its_extra(monkeypatch):

@@ -184,6 +184,7 @@ def test_names_that_cannot_be_loaded(folder, tmp_path, monkeypatch):
     datasets.DatasetDict(train=table([encoded(0)] * 3)).save_to_disk(tmp_path / "dict")
     for name, options, message in (
         ("./nowhere.parquet", {}, "nowhere.parquet does not exist"),
+        ("nobody/nothing", {}, "dataset_name: nobody/nothing cannot be loaded"),
         ("rows.jsonl", {}, "rows.jsonl does not exist"),
         (str(tmp_path / "rows.txt"), {}, "must be one of"),
         (str(tmp_path / "no_prompt.parquet"), {}, "has no column prompt.*columns are image"),

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.checkpoints import newest_complete
+from fastgrpo.checkpoints import fault_of, newest_complete
 from fastgrpo.cli import doctor
 from fastgrpo.cli.checkpoints import load_hf_config
 from fastgrpo.cli.config import FastGRPOConfig
@@ -29,6 +29,7 @@ from fastgrpo.cli.processor import image_tokens, load_processor
 from fastgrpo.cli.settings import parse
 from fastgrpo.cli.train import reward_settings
 from fastgrpo.errors import InputError
+from fastgrpo.integrations.trl.interruptions import writer_of
 from fastgrpo.models.frames import frame_columns, model_frame, seen_sizes
 from fastgrpo.models.registry import family_of
 from fastgrpo.rewards.core.check import check_truth, has_truth, parts_of, refuse_unstated
@@ -304,10 +305,15 @@ def _output(config: FastGRPOConfig, memory: Memory) -> Iterator[tuple[str, str]]
     checkpoint, skipped = newest_complete(output)
     for path, fault in skipped:
         yield "note", f"{path} is incomplete and would be skipped: {fault}"
-    if config.resume and checkpoint is not None:
-        yield "note", f"continues from {checkpoint}"
+    named = config.resume_from_checkpoint
+    if named and (fault := fault_of(Path(named))):
+        yield "fault", f"resume_from_checkpoint: {named} is incomplete: {fault}"
+    elif named or (config.resume and checkpoint is not None):
+        yield "note", f"continues from {named or checkpoint}"
     else:
         yield "ok", f"starts anew in {output}"
+    if writer := writer_of(output):
+        yield "fault", f"output_dir: {output} is being written by {writer}; give each run its own"
     exists = next(folder for folder in (output, *output.parents) if folder.exists())
     free = shutil.disk_usage(exists).free
     needed = memory.parts["weights"] + memory.parts["optimizer"]

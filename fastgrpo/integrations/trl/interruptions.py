@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import IO
 
 import torch
 from accelerate.utils import gather_object
@@ -78,11 +79,9 @@ class OneWriter(TrainerCallback):
         """Takes the folder; who has it already, if anybody."""
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / LOCK).open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            return self._file.read().strip() or "another process"
+        owner = _owner(self._file)
+        if owner is not None:
+            return owner
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()}")
         self._file.flush()
@@ -92,6 +91,25 @@ class OneWriter(TrainerCallback):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def writer_of(folder: Path) -> str | None:
+    """The process that writes a run into `folder`, if there is one."""
+    try:
+        with (folder / LOCK).open() as file:
+            return _owner(file)
+    except FileNotFoundError:
+        return None
+
+
+def _owner(file: IO[str]) -> str | None:
+    """Locks a folder's file; who has done so already, if anybody."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file.read().strip() or "another process"
+    return None
 
 
 class FiniteStepsMixin:

@@ -231,6 +231,8 @@ def test_what_each_flag_becomes(place, tmp_path, caplog):
         ("--arrow_cache_dir x", "arrow_cache_dir: ignored by VLM-R1"),
         ("--max_anyres_num 6", "max_anyres_num: tiles of InternVL only"),
         ("--torch_dtype bfloat16", "torch_dtype: is dtype here"),
+        ("--overwrite_output_dir", "overwrite_output_dir: today's transformers and TRL have"),
+        ("--warmup_ratio 0.1 --warmup_steps 5", "warmup_ratio: warmup_steps is given too"),
         ("--log_completions true", "log_completions: ignored by VLM-R1, obeyed here"),
     ],
 )
@@ -250,6 +252,7 @@ def test_every_setting_of_vlm_r1_is_taken_or_answered(place, tmp_path):
         "vllm_dtype": "auto", "vllm_max_model_len": "512", "vllm_enable_prefix_caching": "true",
         "vllm_guided_decoding_regex": "x", "learning_rate": "1e-6", "num_iterations": "1",
         "epsilon": "0.2", "epsilon_high": "0.28", "reward_weights": "1.0 1.0",
+        "warmup_ratio": "0.05", "evaluation_strategy": "no", "save_safetensors": "true",
         "sync_ref_model": "false", "ref_model_mixup_alpha": "0.9", "ref_model_sync_steps": "64",
         "log_completions": "true", "freeze_vision_modules": "false", "remove_unused_columns":
         "false",
@@ -257,7 +260,7 @@ def test_every_setting_of_vlm_r1_is_taken_or_answered(place, tmp_path):
     extra = [text for name, value in flags.items() for text in (f"--{name}", *value.split())]
     config, _ = parse([*arguments(place, "rec", tmp_path / "run"), *extra])
     assert (config.max_pixels, config.epsilon_high) == (12845056, 0.28)
-    assert config.reward_weights == [1.0, 1.0]
+    assert config.reward_weights == [1.0, 1.0] and config.warmup_steps == 0.05
 
 
 def test_rewards_it_has_not_are_refused(place, tmp_path):

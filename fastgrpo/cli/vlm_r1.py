@@ -35,7 +35,18 @@ DEFAULTS = {
     "reward_funcs": ["accuracy", "format"],
     "task_type": "default",
 }
-RENAMED = {"freeze_vision_modules": "freeze_vision", "torch_dtype": "dtype"}
+RENAMED = {
+    "freeze_vision_modules": "freeze_vision",
+    "torch_dtype": "dtype",
+    "warmup_ratio": "warmup_steps",  # below 1 it is a share
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+}
+# Arguments of its transformers and TRL that today's have dropped.
+GONE = (
+    *("overwrite_output_dir", "save_safetensors", "logging_dir"),
+    *("gradient_checkpointing_use_reentrant", "ignore_bias_buffers"),
+)
 # Parsed there and never used; what each does here is said when it is given.
 IGNORED_THERE = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation"),
@@ -92,10 +103,7 @@ def translate(values: dict[str, Any], known: Container[str]) -> Settings:
     _mixture(settings)
     _rewards(settings)
     _words(settings)
-    for name, ours in RENAMED.items():
-        if name in settings.values:
-            settings.values[ours] = settings.values.pop(name)
-            settings.notes.append(f"{name}: is {ours} here")
+    _renamed(settings)
     _ignored_there(settings, known)
     _tiles(settings)
     _dropout(settings)
@@ -103,6 +111,18 @@ def translate(values: dict[str, Any], known: Container[str]) -> Settings:
     _whole_groups(settings)
     _folders(settings)
     return settings
+
+
+def _renamed(settings: Settings) -> None:
+    for name, ours in RENAMED.items():
+        if name in settings.values and ours in settings.values:
+            settings.drop(name, f"{ours} is given too and decides")
+        elif name in settings.values:
+            settings.values[ours] = settings.values.pop(name)
+            settings.notes.append(f"{name}: is {ours} here")
+    for name in GONE:
+        if name in settings.values:
+            settings.drop(name, "today's transformers and TRL have nothing to set here")
 
 
 def _mixture(settings: Settings) -> None:

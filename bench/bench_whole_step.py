@@ -2,9 +2,10 @@
 """Whole optimizer steps of TRL's GRPOTrainer against the drop-in as shipped, split by phase.
 
 A Qwen2.5-VL built from a config (a Qwen2 for the shape of text alone), P prompts, G completions of
-exactly C tokens, a reference model, one micro-batch a group. Each trainer trains from the same
-weights with the same seed; its first step, which also runs the self-check, is not measured, the
-median of the following ones is. Reading the rows of a batch from the data set is not in it, and the
+exactly C tokens, a reference model, TRL's defaults, gradient checkpointing among them; all rows are
+one micro-batch but where the shape says otherwise. Each trainer trains from the same weights with
+the same seed; its first step, which also runs the self-check, is not measured, the median of the
+following ones is. Reading the rows of a batch from the data set is not in it, and the
 same for all. `error` is the relative difference of the first gradient norm above 0 from TRL's, on
 the same completions: the samplers take the same random numbers.
 
@@ -17,7 +18,7 @@ for the packed side, the head's, which both do once per completion token, agains
 The floor of a phase is the time of stock forwards over its distinct tokens, each prompt and its
 images once, every completion token once and nothing padded: for generation the prompts and then C
 forwards of one token per completion, for scoring one forward of all tokens, for the loss one
-forward and backward of them.
+forward and backward of them, nothing recomputed.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import common
 import torch
@@ -38,13 +40,33 @@ from fastgrpo.testing import models as tm
 from fastgrpo.testing.processors import tiny_processor, tiny_tokenizer
 
 PHASES = ("generation", "scoring", "loss", "optimizer")
-# images' (height, width) in patches, text tokens of a prompt, P, G, C; no image: a text model
+
+
+class Shape(NamedTuple):
+    """`image`: (height, width) of each prompt's in patches; None: a text model."""
+
+    image: tuple[int, int] | None
+    text: int  # tokens of a prompt
+    prompts: int
+    generations: int
+    new_tokens: int
+    micro_batches: int = 1
+    checkpointing: bool = True
+
+
+_480 = Shape((40, 48), 40, 4, 8, 64)
 SHAPES = {
-    "4 x 8, 480 image tokens": ((40, 48), 40, 4, 8, 64),
-    "4 x 4, 480 image tokens": ((40, 48), 40, 4, 4, 64),
-    "4 x 8, text": (None, 520, 4, 8, 64),
+    "4 x 8, 480 image tokens": _480,
+    "4 x 4, 480 image tokens": _480._replace(generations=4),
+    "4 x 8, text": _480._replace(image=None, text=520),
+    "4 x 8, 480 image tokens, a micro-batch a group, nothing recomputed": _480._replace(
+        micro_batches=4, checkpointing=False
+    ),
 }
-SMALL = {"2 x 4, 32 image tokens": ((8, 16), 8, 2, 4, 4), "2 x 4, text": (None, 24, 2, 4, 4)}
+SMALL = {
+    "2 x 4, 32 image tokens": Shape((8, 16), 8, 2, 4, 4),
+    "2 x 4, text": Shape(None, 24, 2, 4, 4, micro_batches=2, checkpointing=False),
+}
 
 
 class Phases:
@@ -96,17 +118,12 @@ class Job:
 
     folder: Path
     rows: list[dict]
-    generations: int
-    new_tokens: int
+    shape: Shape
     device: str
 
-    @property
-    def num_prompts(self) -> int:
-        return len(self.rows)
 
-
-def prepare(folder: Path, shape: tuple, size: str, device: str) -> Job:
-    image, text, prompts, generations, new_tokens = shape
+def prepare(folder: Path, shape: Shape, size: str, device: str) -> Job:
+    image = shape.image
     hidden, heads, layers, vocabulary = MODELS[size][:4]
     decoder = dict(
         hidden_size=hidden,
@@ -135,12 +152,12 @@ def prepare(folder: Path, shape: tuple, size: str, device: str) -> Job:
         processor.image_processor.size["longest_edge"] = 14 * 14 * 4096
         processor.save_pretrained(folder)
     rows = []
-    for index in range(prompts):
-        words = f"{index} ".ljust(text, "abcdefghij "[index % 10])
+    for index in range(shape.prompts):
+        words = f"{index} ".ljust(shape.text, "abcdefghij "[index % 10])
         rows.append({"prompt": [{"role": "user", "content": words}]})
         if image is not None:
             rows[-1]["images"] = [_picture(image, index)]
-    return Job(folder, rows, generations, new_tokens, device)
+    return Job(folder, rows, shape, device)
 
 
 def _picture(patches: tuple[int, int], index: int):
@@ -175,7 +192,7 @@ def steps(cls: type, job: Job, output: Path, count: int) -> tuple[list[dict], li
 
     from fastgrpo.testing.trl import build_trainer, steps_of
 
-    phases, measured = Phases(job.device), []
+    phases, measured, shape = Phases(job.device), [], job.shape
 
     class Stopwatch(TrainerCallback):
         def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
@@ -199,11 +216,12 @@ def steps(cls: type, job: Job, output: Path, count: int) -> tuple[list[dict], li
         ],
         callbacks=[Stopwatch()],
         max_steps=1 + count,
-        per_device_train_batch_size=job.generations,
-        gradient_accumulation_steps=job.num_prompts,
-        num_generations=job.generations,
-        max_completion_length=job.new_tokens,
-        generation_kwargs={"min_new_tokens": job.new_tokens},
+        per_device_train_batch_size=shape.prompts * shape.generations // shape.micro_batches,
+        gradient_accumulation_steps=shape.micro_batches,
+        num_generations=shape.generations,
+        max_completion_length=shape.new_tokens,
+        generation_kwargs={"min_new_tokens": shape.new_tokens},
+        gradient_checkpointing=shape.checkpointing,
         learning_rate=1e-6,
         use_cpu=job.device == "cpu",
         bf16=job.device == "cuda",
@@ -231,8 +249,8 @@ def floors(job: Job, repeats: int) -> dict[str, float]:
     reader = transformers.AutoProcessor if "images" in job.rows[0] else transformers.AutoTokenizer
     processor = reader.from_pretrained(job.folder)
     prompts = [_prompt_inputs(processor, row, job.device) for row in job.rows]
-    count = job.num_prompts * job.generations
-    tokens = torch.randint(0, tm.TEXT_VOCAB, (count, job.new_tokens), generator=_seeded(0))
+    sizes = (job.shape.prompts * job.shape.generations, job.shape.new_tokens)
+    tokens = torch.randint(0, tm.TEXT_VOCAB, sizes, generator=_seeded(0))
     tokens = tokens.to(job.device)
 
     def forward(backward: bool) -> None:
@@ -287,7 +305,7 @@ def rows(args: argparse.Namespace) -> list[common.Row]:
     return [row for name, shape in chosen.items() for row in _measured(name, shape, size, args)]
 
 
-def _measured(name: str, shape: tuple, size: str, args) -> list[common.Row]:
+def _measured(name: str, shape: Shape, size: str, args) -> list[common.Row]:
     runs: dict[str, list[dict[str, float]]] = {}
     norms: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -305,7 +323,7 @@ def _measured(name: str, shape: tuple, size: str, args) -> list[common.Row]:
     return [
         common.Row(
             "whole_step",
-            f"{name}, {job.new_tokens} new, {size}",
+            f"{name}, {shape.new_tokens} new, {size}",
             variant,
             seconds["whole"] * 1e3,
             error=_difference(norms[variant], norms["TRL"]) if variant != "TRL" else None,

@@ -9,7 +9,7 @@ OLDEST := 5.17.0
 SEED   ?= 0
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo test test-matrix test-slow test-gpu gpu sanitize bench families recipes guide docs lint clean
+.PHONY: env demo test test-matrix test-slow test-faults test-gpu gpu sanitize bench families recipes guide docs lint clean
 
 env: $(VENV)/.ready
 
@@ -59,6 +59,11 @@ USER_PIP := .venv-user/bin/python -m pip install --quiet --disable-pip-version-c
 
 test-slow: env
 	$(BIN)/python -m pytest -n 2 -q -m slow
+
+# kill -9 at KILLS random moments, over every kind of run and mode; some 30 s each.
+KILLS ?= 100
+test-faults: env
+	FASTGRPO_KILLS=$(KILLS) $(BIN)/python -m pytest -q -s -m slow tests/test_trl_kills.py
 
 test-gpu: env
 	$(BIN)/python -m pytest -q -m gpu

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a process of `bench_distributed.py` does: some optimizer steps, its seconds and memory."""
 
-import gc
 import json
 import os
 import statistics
@@ -15,6 +14,7 @@ from trl import GRPOTrainer
 
 from fastgrpo.integrations.trl import FastGRPOTrainer
 from fastgrpo.testing import cpu_processes
+from fastgrpo.testing.memory import held_bytes, resident_bytes
 from fastgrpo.testing.trl import build_trainer
 
 if not torch.cuda.is_available():
@@ -78,25 +78,10 @@ class Memory:
         self.cuda = torch.cuda.is_available()
         if not self.cuda:
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-            self.start = _resident("VmRSS")
+            self.start = resident_bytes()
 
     def figures(self) -> dict[str, float]:
-        gc.collect()
-        storages = {}
-        for thing in gc.get_objects():
-            if isinstance(thing, torch.Tensor) and type(thing) in (
-                torch.Tensor,
-                torch.nn.Parameter,
-            ):
-                storage = thing.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-        held = sum(storages.values()) / 2**20
+        held = held_bytes() / 2**20
         if self.cuda:
             return {"held MiB": held, "peak MiB": torch.cuda.max_memory_allocated() / 2**20}
-        return {"held MiB": held, "peak MiB": _resident("VmHWM") - self.start}
-
-
-def _resident(field: str) -> float:
-    """A size in /proc/self/status, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(x.split()[1]) for x in lines if x.startswith(field + ":")) / 1024
+        return {"held MiB": held, "peak MiB": (resident_bytes("VmHWM") - self.start) / 2**20}

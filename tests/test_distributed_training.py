@@ -8,6 +8,7 @@ in float32 from the same completions. The reference is stock TRL in one process,
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -49,8 +50,8 @@ NOT_STOCK = ("mixed_rows", "greedy", "greedy_lora")
 
 
 def run(launch, models, mode, kind, case):
-    """The run's folder; a run of one process is kept for the next mode."""
-    output = models / mode
+    """The run's folder; a run is kept for the next mode."""
+    output = models / f"{mode}-{kind}"
     output.mkdir(exist_ok=True)
     if not (output / f"{case}.json").exists():
         launch(mode, "train", output, kind, case)
@@ -87,6 +88,30 @@ def test_two_processes_equal_one(launch, models, mode, case):
 )
 def test_two_processes_equal_one_in_every_case(launch, models, mode, case):
     check(launch, models, mode, case)
+
+
+@pytest.mark.slow
+def test_an_evaluation_logs_what_trl_logs_in_as_many_processes(launch, models):
+    ours, trl = (
+        run(launch, models, "ddp", kind, "evaluation_rest") / "evaluation_rest.json"
+        for kind in ("fast", "stock")
+    )
+    assert any("eval_loss" in step for step in json.loads(trl.read_text()))
+    assert_same_steps(ours, trl, "evaluation_rest")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_bf16_is_as_near_to_float32_as_trl_is(launch, models, mode):
+    """Rounding to bf16 moves each run elsewhere: what can be asked is that it moves no farther."""
+    needs(mode)
+    exact = torch.load(run(launch, models, "one", "stock", "full") / "full.pt", weights_only=True)
+    distances = {}
+    for kind in ("stock", "fast"):
+        got = torch.load(run(launch, models, mode, kind, "bf16") / "bf16.pt", weights_only=True)
+        distances[kind] = math.sqrt(sum(float((got[n] - exact[n]).square().sum()) for n in exact))
+    print(f"{mode} bf16: {distances}")
+    assert 0 < distances["fast"] <= 1.5 * distances["stock"], distances
 
 
 SAVED = [(mode, ()) for mode in MODES]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """kill -9 at random moments: every run resumes, and goes on as if it had not been cut.
 
-`make test-faults` runs it. Trials are forked from one process that has everything imported; the
-number of them is FASTGRPO_KILLS (100 in all).
+`make test-faults KILLS=100` runs that many trials, over all kinds of run; they are forked from one
+process that has everything imported.
 """
 
 import json
@@ -38,7 +38,12 @@ RUNS = {
     "every_step_saved": dict(save_steps=1, save_total_limit=2),
 }
 
-KINDS = len(RUNS) + len(MODES)
+KINDS = (*RUNS, *MODES)
+
+
+def trials(kind: str) -> range:
+    """This kind's share of KILLS."""
+    return range(KINDS.index(kind), KILLS, len(KINDS))
 
 
 class Progress(TrainerCallback):
@@ -105,13 +110,14 @@ def test_killed_runs_repeat_the_uninterrupted_one(tmp_path, name):
     duration = time.monotonic() - began
     expected = {s["step"]: s for s in json.loads((whole / "result.json").read_text())["steps"]}
     parameters = torch.load(whole / "result.pt", weights_only=True)
-    for trial in range(KILLS // KINDS):
+    cut = 0
+    for trial in trials(name):
         output = tmp_path / f"trial-{trial}"
         output.mkdir()
         pid = forked(train, checkpoint, output, options)
         time.sleep(draw.uniform(0.1, 1.0) * duration)
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        cut += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
         progress = output / "progress"
         done = int(progress.read_text() or 0) if progress.exists() else 0
         result = output / "result.json"
@@ -124,6 +130,7 @@ def test_killed_runs_repeat_the_uninterrupted_one(tmp_path, name):
                 assert step.get(metric) == expected[step["step"]].get(metric), (trial, metric)
         for key, value in torch.load(result.with_suffix(".pt"), weights_only=True).items():
             assert torch.equal(value, parameters[key]), (trial, key)
+    print(f"{name}: {len(trials(name))} runs, {cut} of them killed before their end, all resumed")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -137,10 +144,11 @@ def test_killed_processes_repeat_the_uninterrupted_run(launch, models, mode):
     duration = time.monotonic() - began
     expected = {s["step"]: s for s in json.loads((whole / "result.json").read_text())}
     parameters = torch.load(whole / "result.pt", weights_only=True)
-    for trial in range(KILLS // KINDS):
+    cut = 0
+    for trial in trials(mode):
         output = folder / f"trial-{trial}"
         output.mkdir()
-        launch(mode, "go_on", output, kill_after=draw.uniform(0.1, 1.0) * duration)
+        cut += not launch(mode, "go_on", output, kill_after=draw.uniform(0.1, 1.0) * duration)
         progress = output / "progress"
         done = int(progress.read_text() or 0) if progress.exists() else 0
         start, _ = newest_complete(output)
@@ -152,3 +160,4 @@ def test_killed_processes_repeat_the_uninterrupted_run(launch, models, mode):
                 assert step.get(metric) == expected[step["step"]].get(metric), (trial, metric)
         for key, value in torch.load(output / "result.pt", weights_only=True).items():
             assert torch.equal(value, parameters[key]), (trial, key)
+    print(f"{mode}: {len(trials(mode))} runs, {cut} of them killed before their end, all resumed")

@@ -93,8 +93,9 @@ def _run(job, mode, function, arguments, processes, seconds, kill_after, options
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--config_file", str(config), "--num_processes", str(processes), *options]
-    options += ["--mixed_precision", "no", "--main_process_port", str(port), "job.py"]
+    own = ["--config_file", str(config), "--num_processes", str(processes)]
+    own += ["--mixed_precision", "no", "--main_process_port", str(port)]
+    options = [*own, *options, "job.py"]
     torchrun, run.run = run.run, lambda args: ranks.fork(int(args.nproc_per_node), port)
     try:
         launch_command(launch_command_parser().parse_args(options))

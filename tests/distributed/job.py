@@ -24,6 +24,7 @@ from trl import GRPOTrainer
 from fastgrpo.checkpoints import newest_complete
 from fastgrpo.integrations.trl import FastGRPOTrainer
 from fastgrpo.testing import cpu_processes
+from fastgrpo.testing.memory import held_bytes, resident_bytes
 from fastgrpo.testing.models import IMAGE_ID, VIDEO_ID
 from fastgrpo.testing.trl import build_trainer, image_row
 
@@ -59,6 +60,15 @@ CASES = {
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
     "evaluation": {
+        "eval_rows": 8,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "per_device_eval_batch_size": 8,
+    },
+    "bf16": {"bf16": True},
+    # Prompts that are no multiple of a batch: the Trainer takes the rest of its division for the
+    # completions of the last batch and drops the losses beyond, so eval_loss depends on processes.
+    "evaluation_rest": {
         "eval_rows": 4,
         "eval_strategy": "steps",
         "eval_steps": 1,
@@ -66,7 +76,13 @@ CASES = {
     },
     # What the policy would say is written down; it is trained on the script all the same.
     "greedy": {"rows": "mixed", "says": True, "max_completion_length": 12, "num_rows": 16},
-    "greedy_lora": {"lora": LORA, "says": True, "max_completion_length": 12},
+    "greedy_lora": {
+        "lora": LORA,
+        "rows": "mixed",
+        "says": True,
+        "max_completion_length": 12,
+        "num_rows": 16,
+    },
 }
 SAVED = {
     "adamw": {"optim": "adamw_torch"},
@@ -138,10 +154,14 @@ def distinct(completions, prompts, **columns) -> list[float]:
 
 
 def whole_parameters(trainer) -> dict[str, torch.Tensor]:
-    """The parameters by name, gathered from their shards; a collective."""
+    """The parameters by name, gathered from their shards, in float32; a collective."""
     values = {}
     for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
-        if hasattr(p, "ds_id"):
+        if p.dtype == torch.bfloat16:  # DeepSpeed's, which keeps its own in float32
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            values[name] = safe_get_full_fp32_param(p).clone()
+        elif hasattr(p, "ds_id"):
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([p]):
@@ -184,8 +204,7 @@ def grow(output: str, steps: str) -> None:
 
     class Resident(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            sizes.append(pages * os.sysconf("SC_PAGE_SIZE") // 1024)
+            sizes.append(resident_bytes() // 1024)
 
     case = {"samples": True, "max_steps": int(steps), "optim": "adamw_torch", "num_rows": 40}
     trainer = build(Path(output), "fast", case)
@@ -193,6 +212,16 @@ def grow(output: str, steps: str) -> None:
     trainer.train()
     rank = os.environ.get("RANK", "0")
     Path(output, f"resident{rank}.json").write_text(json.dumps(sizes))
+
+
+def hold(output: str) -> None:
+    """Two steps; the bytes that this process holds afterwards, of AdamW on every parameter."""
+    case = {"max_steps": 2, "optim": "adamw_torch"}
+    trainer = build(Path(output), "fast", case)
+    trainer.train()
+    rank = os.environ.get("RANK", "0")
+    Path(output, f"held{rank}.json").write_text(json.dumps(held_bytes()))
+    trainer.accelerator.wait_for_everyone()
 
 
 class Progress(TrainerCallback):

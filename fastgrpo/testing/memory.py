@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a process holds."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import torch
+
+
+def held_bytes() -> int:
+    """Bytes of all storages of tensors: weights or shards, gradients, optimizer, the batch."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """A size in /proc/self/status: VmRSS now, VmHWM the most there was."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(field + ":")) * 1024

@@ -137,3 +137,17 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(launch, models, mode, optio
         torch.load(runs / f"{run}.pt", weights_only=True) for run in ("whole", "resumed")
     )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), (("ddp", "one"), ("one", "ddp")))
+def test_a_run_goes_on_in_another_number_of_processes(launch, models, first, then):
+    runs = models / f"{first}-{then}"
+    launch(first, "resume", runs, "sgd", "whole")
+    launch(then, "resume", runs, "sgd", "resumed", "whole/checkpoint-2")
+    assert_same_steps(runs / "resumed.json", runs / "whole.json", f"{first}-{then}")
+    got, expected = (
+        torch.load(runs / f"{run}.pt", weights_only=True) for run in ("resumed", "whole")
+    )
+    error, name = largest_difference(got, expected)
+    assert error <= TOLERANCE, (name, error)

@@ -84,7 +84,23 @@ def patch_class(trainer):
     trainer.__class__ = type("Patched", (cls,), {"_prepare_inputs": liger_forward})
 
 
+def like_ms_swift(trainer):
+    """A trainer as ms-swift 4.6 has it: its own batches, its own loss of other arguments."""
+
+    class GRPOTrainer(type(trainer)):
+        def _prepare_inputs(self, inputs):
+            raise NotImplementedError
+
+        def _compute_loss(self, model, model_inputs, grpo_batch, origin_data=None):
+            raise NotImplementedError
+
+    for method in (GRPOTrainer._prepare_inputs, GRPOTrainer._compute_loss):
+        method.__module__ = "swift.rlhf_trainers.grpo_trainer"
+    trainer.__class__ = GRPOTrainer
+
+
 REFUSALS = {
+    "_prepare_inputs is not TRL's own .*swift": ({}, like_ms_swift),
     "forward was patched .*liger_kernel": ({}, patch_model),
     "_calculate_rewards is not TRL's own": ({}, patch_trainer),
     "_prepare_inputs is not TRL's own .*liger_kernel": ({}, patch_class),

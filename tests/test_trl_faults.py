@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ pytest.importorskip("trl")
 from fastgrpo.checkpoints import newest_complete, write_manifest  # noqa: E402
 from fastgrpo.errors import InputError  # noqa: E402
 from fastgrpo.integrations.trl import FastGRPOTrainer  # noqa: E402
-from fastgrpo.testing.trl import build_trainer  # noqa: E402
+from fastgrpo.testing.trl import build_trainer, save_checkpoint  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +103,42 @@ def test_nothing_to_resume_is_an_error(checkpoint, tmp_path):
         trained(checkpoint, tmp_path, resume=True)
 
 
-def test_another_batch_size_samples_anew(checkpoint, tmp_path, caplog):
+@pytest.mark.parametrize("other", ({"per_device_train_batch_size": 4}, {"num_generations": 2}))
+def test_another_batch_or_group_samples_anew(checkpoint, tmp_path, caplog, other):
     """Resumed inside a generated batch with other numbers of rows, which the batch does not fit."""
     inside = dict(steps_per_generation=2, num_iterations=2, max_steps=2)
     trained(checkpoint, tmp_path, **inside)
     resume = str(tmp_path / "checkpoint-1")
-    options = inside | {"per_device_train_batch_size": 4}
-    trainer = trained(checkpoint, tmp_path / "other", resume=resume, **options)
+    trainer = trained(checkpoint, tmp_path / "other", resume=resume, **inside | other)
     assert trainer.state.global_step == 2
     assert "sampled for other settings" in caplog.text
+
+
+def test_another_seed_goes_on_with_the_prompts_of_its_own_order(checkpoint, saved, tmp_path):
+    resume = str(saved / "checkpoint-2")
+    trainer = trained(checkpoint, tmp_path, resume=resume, max_steps=3, seed=7)
+    assert [s["step"] for s in trainer.state.log_history if "loss" in s] == [1, 2, 3]
+
+
+def test_another_model_is_refused(saved, tmp_path):
+    other = save_checkpoint(tmp_path / "model", "qwen2_vl")
+    with pytest.raises((InputError, RuntimeError, ValueError), match="size mismatch|not of"):
+        trained(other, tmp_path / "run", resume=str(saved / "checkpoint-1"), max_steps=2)
+
+
+def test_an_interrupted_run_goes_on_in_the_same_process(checkpoint, tmp_path):
+    """Ctrl-C in a notebook: the first trainer is still there when the second one trains."""
+
+    class Interrupted(FastGRPOTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().training_step(*args, **kwargs)
+
+    before = signal.getsignal(signal.SIGTERM)
+    saving = dict(max_steps=2, save_strategy="steps", save_steps=1, optim="adamw_torch")
+    first = build_trainer(Interrupted, checkpoint, tmp_path, **saving)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert trained(checkpoint, tmp_path, resume=True).state.global_step == 2

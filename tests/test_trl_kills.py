@@ -18,12 +18,15 @@ from compare import needs
 
 pytest.importorskip("trl")
 
+from accelerate import Accelerator  # noqa: E402
+from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from fastgrpo.checkpoints import newest_complete  # noqa: E402
 from fastgrpo.integrations.trl import FastGRPOTrainer  # noqa: E402
 from fastgrpo.testing.launch import MODES  # noqa: E402
-from fastgrpo.testing.trl import build_trainer, save_checkpoint, steps_of  # noqa: E402
+from fastgrpo.testing.trl import build_trainer, image_row, save_checkpoint, steps_of  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -47,10 +50,16 @@ def trials(kind: str) -> range:
 
 
 class Progress(TrainerCallback):
+    step, inside = 0, False  # of this process
+
     def __init__(self, path):
         self.path = path
 
+    def on_step_begin(self, args, state, control, **_):
+        Progress.inside = True
+
     def on_step_end(self, args, state, control, **_):
+        Progress.step, Progress.inside = state.global_step, False
         self.path.write_text(str(state.global_step))
 
 
@@ -99,6 +108,13 @@ def forked(function, *arguments):
     os._exit(0)
 
 
+def finished(*arguments):
+    """Whether the forked function came to its end; killed it did not, and an error is an error."""
+    status = os.waitpid(forked(*arguments), 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0
+    return status == 0
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_runs_repeat_the_uninterrupted_one(tmp_path, name):
     options, draw = RUNS[name], random.Random(name)
@@ -131,6 +147,55 @@ def test_killed_runs_repeat_the_uninterrupted_one(tmp_path, name):
         for key, value in torch.load(result.with_suffix(".pt"), weights_only=True).items():
             assert torch.equal(value, parameters[key]), (trial, key)
     print(f"{name}: {len(trials(name))} runs, {cut} of them killed before their end, all resumed")
+
+
+def killed_in(owner, name):
+    """Ends the process after `owner.name` in the fifth step, or in the evaluation before it."""
+    method = getattr(owner, name)
+
+    def ends(self, *args, **kwargs):
+        result = method(self, *args, **kwargs)
+        if Progress.step >= 4 and (Progress.inside or name == "prediction_step"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, ends)
+
+
+PHASES = {
+    "rollout": (FastGRPOTrainer, "_generate_single_turn"),
+    "reward": (FastGRPOTrainer, "_calculate_rewards"),
+    "forward": (FastGRPOTrainer, "_compute_loss"),
+    "backward": (Accelerator, "backward"),
+    "optimizer": (AcceleratedOptimizer, "step"),
+    "evaluation": (FastGRPOTrainer, "prediction_step"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_killed_in_each_phase_repeats_the_uninterrupted_one(tmp_path, phase):
+    checkpoint = save_checkpoint(tmp_path / "model")
+    rows = Dataset.from_list([image_row(i) for i in range(2)])
+    options = dict(max_steps=6, eval_strategy="steps", eval_steps=1, eval_dataset=rows)
+    options["per_device_eval_batch_size"] = 8
+
+    def cut(*arguments):
+        killed_in(*PHASES[phase])
+        train(*arguments)
+
+    whole, output = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, output):
+        folder.mkdir()
+    assert finished(train, checkpoint, whole, options, whole / "result.json")
+    assert not finished(cut, checkpoint, output, options)
+    assert (output / "progress").read_text() == "4"
+    assert finished(train, checkpoint, output, options, output / "result.json")
+    got, expected = (json.loads((f / "result.json").read_text()) for f in (output, whole))
+    assert got["resumed_from"] == (2 if phase == "evaluation" else 4)
+    same = [[step[m] for m in ("loss", "grad_norm")] for step in got["steps"]]
+    assert same == [[step[m] for m in ("loss", "grad_norm")] for step in expected["steps"]]
+    ours, theirs = (torch.load(f / "result.pt", weights_only=True) for f in (output, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("mode", MODES)

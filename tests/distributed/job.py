@@ -85,6 +85,7 @@ CASES = {
     },
 }
 SAVED = {
+    "sgd": {},
     "adamw": {"optim": "adamw_torch"},
     "moving_reference": {
         "optim": "adamw_torch",

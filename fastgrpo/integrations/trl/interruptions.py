@@ -46,7 +46,8 @@ class SaveOnTerm(TrainerCallback):
         control.should_save = str(args.save_strategy) != "no" or control.should_save
         control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **_):
+    def release(self) -> None:
+        """Gives the signal back."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None
@@ -70,7 +71,7 @@ class OneWriter(TrainerCallback):
         owners = gather_object([self._other_owner(folder) if args.should_save else None])
         owner = next(filter(None, owners), None)
         if owner is not None:
-            self.on_train_end(args, state, control)
+            self.release()
             raise InputError(
                 f"output_dir: {folder} is being written by {owner}; give each run its own"
             )
@@ -87,7 +88,8 @@ class OneWriter(TrainerCallback):
         self._file.flush()
         return None
 
-    def on_train_end(self, args, state, control, **_):
+    def release(self) -> None:
+        """Gives the folder back."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -110,6 +112,18 @@ def _owner(file: IO[str]) -> str | None:
         file.seek(0)
         return file.read().strip() or "another process"
     return None
+
+
+class ReleasingMixin:
+    """However a run ends, SIGTERM and the output folder are free for the next one."""
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, (SaveOnTerm, OneWriter)):
+                    callback.release()
 
 
 class FiniteStepsMixin:

@@ -21,7 +21,12 @@ from fastgrpo.integrations.trl.checkpoints import CheckpointMixin
 from fastgrpo.integrations.trl.fallback import FallbackMixin
 from fastgrpo.integrations.trl.features import FeatureMixin
 from fastgrpo.integrations.trl.gathering import GatheringMixin
-from fastgrpo.integrations.trl.interruptions import FiniteStepsMixin, OneWriter, SaveOnTerm
+from fastgrpo.integrations.trl.interruptions import (
+    FiniteStepsMixin,
+    OneWriter,
+    ReleasingMixin,
+    SaveOnTerm,
+)
 from fastgrpo.integrations.trl.loss import LossMixin
 from fastgrpo.integrations.trl.perception import PerceptionMixin
 from fastgrpo.integrations.trl.resampling import ResamplingMixin
@@ -101,6 +106,7 @@ class _FastMixin(
     BatchMixin,
     AttentionMixin,
     FiniteStepsMixin,
+    ReleasingMixin,
 ):
     """The methods that replace TRL's; see `accelerate`."""
 

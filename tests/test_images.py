@@ -94,6 +94,7 @@ FAULTS = {
     "not_a_file": ".",
     "not_an_image bytes": b"\x89PNG\r\n\x1a\n",
     "not_an_image empty": b"",
+    "not_an_image zeros": bytes(500),
     "not_an_image uri": "data:image/png;base64,AAAA",
     "not_an_image uri text": "data:image/svg+xml,<svg/>",
     "not_an_image uri broken": "data:image/png;base64,%%%",
@@ -109,6 +110,8 @@ FAULTS = {
     "aspect_ratio": np.zeros((1, 900), np.uint8),
     "broken": png(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))[:3000],
 }
+FAULTS["broken closed"] = Image.new("RGB", (4, 4))
+FAULTS["broken closed"].close()
 
 
 @pytest.mark.parametrize("case", FAULTS)

@@ -22,15 +22,17 @@ from fastgrpo.integrations.trl.rows import (  # noqa: E402
 from fastgrpo.models import families  # noqa: E402
 
 PAD = 9
+HALVES = slice(16), slice(16, 32)  # the optimizer steps of 32 rows
 
 
-def plan(group_of_row, order, batches, *, live=None, batches_per_step=None):
+def plan(group_of_row, order, batches, *, live=None, batches_per_step=None, costs=None):
     return plan_micro_batches(
         group_of_row,
         order,
         batches,
         live=live or [True] * len(order),
         batches_per_step=batches_per_step or batches,
+        costs=costs,
     )
 
 
@@ -192,6 +194,25 @@ def test_live_groups_are_spread_over_the_optimizer_steps(
         ]
         if whole:
             assert all(sum(group in c for c in chunks) == 1 for group in alive)
+
+
+def test_micro_batches_of_like_cost_meet():
+    """Two processes that wait for each other after every micro-batch of 4 rows."""
+    draw = random.Random(0)
+    group_of_row, waits = [row // 4 for row in range(32)], [0.0, 0.0]
+    for _ in range(20):
+        order = draw.sample(range(32), 32)
+        spent: list[list[list[float]]] = [[], []]
+        for costs in ([draw.uniform(1, 9) for _ in range(32)] for _ in range(2)):
+            plans = [
+                plan(group_of_row, order, 8, batches_per_step=4, costs=c) for c in (None, costs)
+            ]
+            assert all(set(plans[0][half]) == set(plans[1][half]) for half in HALVES)
+            for sums, rows in zip(spent, plans, strict=True):
+                sums.append([sum(costs[r] for r in rows[i : i + 4]) for i in range(0, 32, 4)])
+        for known, (one, other) in enumerate(spent):
+            waits[known] += sum(abs(a - b) for a, b in zip(one, other, strict=True))
+    assert waits[1] < 0.6 * waits[0], waits
 
 
 def test_only_prompts_without_any_weight_need_no_gradient():

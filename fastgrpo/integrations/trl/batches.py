@@ -62,7 +62,13 @@ class BatchMixin:
             self.args.steps_per_generation,
             live=(advantages.view(num_rows, -1) != 0).any(1).tolist(),
             batches_per_step=self.args.gradient_accumulation_steps,
+            costs=self._row_costs(batch) if self.accelerator.num_processes > 1 else None,
         )
+
+    def _row_costs(self, batch: dict) -> list[float]:
+        """Tokens of each row, its share of the group's prompt among them."""
+        prompts, completions = (batch[f"{part}_mask"].sum(1) for part in ("prompt", "completion"))
+        return (completions + prompts / self.num_generations).tolist()
 
     def _is_placeholder(self, ids: Tensor) -> Tensor:
         return torch.isin(ids, ids.new_tensor(self._placeholder_ids))

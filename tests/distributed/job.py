@@ -217,8 +217,12 @@ def grow(output: str, steps: str) -> None:
 
 def hold(output: str) -> None:
     """Two steps; the bytes that this process holds afterwards, of AdamW on every parameter."""
-    case = {"max_steps": 2, "optim": "adamw_torch"}
+    case = {"max_steps": 2, "optim": "adamw_torch", "beta": 0.0}
     trainer = build(Path(output), "fast", case)
+    if plugin := trainer.accelerator.state.deepspeed_plugin:
+        # As small as the model: weights below a size are kept whole, a bucket is 2 GB.
+        small = {"reduce_bucket_size": 10_000, "stage3_param_persistence_threshold": 0}
+        plugin.deepspeed_config["zero_optimization"].update(small)
     trainer.train()
     rank = os.environ.get("RANK", "0")
     Path(output, f"held{rank}.json").write_text(json.dumps(held_bytes()))

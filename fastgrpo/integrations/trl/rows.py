@@ -210,10 +210,9 @@ def plan_micro_batches(
     with a `live` row are spread evenly over the optimizer steps of `batches_per_step` chunks each,
     in parts where there are fewer of them than steps, so that no step holds dead rows alone while
     another has several live ones. Within a step a group is placed into the first chunk with room
-        whole = [sorted(row for part in chunk for row in part) for chunk in chunks]
-        if costs is not None:
-            whole.sort(key=lambda rows: -sum(costs[row] for row in rows))
-        plan += [row for rows in whole for row in rows]
+    for all of it; rows of the groups that fit nowhere fill the gaps. Rows of a chunk keep the order
+    they came in. With the rows' `costs` the chunks of a step come by descending cost: processes
+    that meet in every chunk then wait least for each other.
     """
     rows_of_group: dict[int, list[int]] = {}
     for row in order:
@@ -228,13 +227,10 @@ def plan_micro_batches(
     for members in steps:
         chunks: list[list[list[int]]] = [[] for _ in range(num_batches // num_steps)]
         _fill(chunks, members, len(order) // num_batches)
-<<<<<<< HEAD
-        plan += [row for chunk in chunks for row in sorted(row for part in chunk for row in part)]
-=======
+        whole = [sorted(row for part in chunk for row in part) for chunk in chunks]
         if costs is not None:
-            chunks.sort(key=lambda chunk: -sum(costs[row] for part in chunk for row in part))
-        plan += [row for chunk in chunks for part in chunk for row in part]
->>>>>>> 22d0858 (Micro-batches of like cost meet over the processes)
+            whole.sort(key=lambda rows: -sum(costs[row] for row in rows))
+        plan += [row for rows in whole for row in rows]
     return plan
 
 

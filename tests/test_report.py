@@ -260,6 +260,24 @@ def test_every_image_of_a_row_is_shown_with_the_frames_of_its_boxes(run, tmp_pat
     assert "answer in thousandths, solution in image; image 40 x 40" in page.text
 
 
+def test_of_many_frames_those_evenly_spaced_are_shown_and_the_one_with_the_box(
+    run, tmp_path, no_curves
+):
+    paths = [str(tmp_path / f"{i}.png") for i in range(21)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(path)
+    told = {"answer": "image", "solution": "image", "image": [16, 16], "seen": None, "index": 7}
+    row = completion_row(1, "", "<answer>[2, 2, 9, 9]</answer>")
+    row |= {"image_path": paths, "frames": json.dumps(told), "solution": "[1, 1, 8, 8]"}
+    write_completions(run, [row])
+    page = read(write_report(run))
+    assert "images 1, 5, 8, 9, 13, 17, 21 of 21" in page.text
+    numbers = [f"#{i:02x}0000" for i in (0, 4, 7, 8, 12, 16, 20)]
+    shown = [colours_of(png) for png in page.images]
+    assert all(number in colours for number, colours in zip(numbers, shown, strict=True))
+    assert [TRUTH in colours for colours in shown] == [i == 2 for i in range(7)]
+
+
 def test_report_command_prints_the_page(run, capsys, no_curves):
     cli(["report", str(run)])
     assert capsys.readouterr().out.strip() == str((run / "report" / "report.html").resolve())

@@ -29,7 +29,7 @@ def rows(args: argparse.Namespace) -> list[common.Row]:
         written = _written(job, Path(scratch))
         with Launcher(Path(__file__).parent / "distributed_job.py") as launch:
             for mode, processes in runs:
-                if job.num_prompts % processes:
+                if shape.prompts % processes:
                     continue
                 for kind in args.trainers.split(","):
                     output = Path(scratch) / f"{mode}-{processes}-{kind}"
@@ -48,7 +48,8 @@ def _written(job: Job, folder: Path) -> Path:
         images.append(str(folder / f"{i}.png"))
         row["images"][0].save(images[-1])
     values = {"folder": str(job.folder), "prompts": [row["prompt"] for row in job.rows]}
-    values |= {"images": images, "generations": job.generations, "new_tokens": job.new_tokens}
+    values |= {"images": images, "generations": job.shape.generations}
+    values |= {"new_tokens": job.shape.new_tokens}
     path = folder / "job.json"
     path.write_text(json.dumps(values))
     return path
@@ -59,7 +60,7 @@ def _row(output: Path, name: str, job, mode: str, processes: int, kind: str) -> 
     worst = {figure: max(rank[figure] for rank in ranks) for figure in ranks[0]}
     return common.Row(
         "distributed",
-        f"{name}, {job.new_tokens} new",
+        f"{name}, {job.shape.new_tokens} new",
         f"{kind}, {mode}, {processes} process{'es' if processes > 1 else ''}",
         worst.pop("ms"),
         peak_mib=worst.pop("peak MiB"),

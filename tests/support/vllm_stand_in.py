@@ -17,6 +17,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import types
 
 import torch
@@ -114,6 +115,7 @@ class _Worker:
         self.model.eval()
         self.processor = transformers.AutoProcessor.from_pretrained(checkpoint)
         self.temperature_error, self.updates, self.group = temperature_error, 0, None
+        self.sampling = threading.Lock()  # TRL's client sends the prompts of a batch at once
 
     def connect(self, init_info: dict) -> dict:
         address = init_info["master_address"], init_info["master_port"]
@@ -156,6 +158,10 @@ class _Worker:
         return {"mm_placeholders": {"image": placeholders}, "kwargs_data": {"image": data}}
 
     def generate(self, prompt: list[int], features: dict | None, settings: dict) -> list[dict]:
+        with self.sampling:
+            return self._generate(prompt, features, settings)
+
+    def _generate(self, prompt: list[int], features: dict | None, settings: dict) -> list[dict]:
         import fastgrpo as fg
 
         vision = {}

@@ -103,6 +103,12 @@ def test_nothing_to_resume_is_an_error(checkpoint, tmp_path):
         trained(checkpoint, tmp_path, resume=True)
 
 
+def test_a_run_cut_after_its_last_step_takes_no_more(checkpoint, saved, tmp_path):
+    trainer = trained(checkpoint, tmp_path, resume=str(saved / "checkpoint-2"))
+    assert trainer.state.global_step == trainer.state.max_steps == 2
+    assert [s["step"] for s in trainer.state.log_history if "loss" in s] == [1, 2]
+
+
 @pytest.mark.parametrize("other", ({"per_device_train_batch_size": 4}, {"num_generations": 2}))
 def test_another_batch_or_group_samples_anew(checkpoint, tmp_path, caplog, other):
     """Resumed inside a generated batch with other numbers of rows, which the batch does not fit."""

@@ -83,6 +83,13 @@ class CheckpointMixin:
                 )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Nothing where the run was cut after its last step: the Trainer would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def newest_checkpoint(self) -> str | None:
         """The newest whole checkpoint of the run, the same in every process; None without one."""
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastgrpo as fg
+from fastgrpo.engine import loss as engine_loss
 from fastgrpo.testing import models as tm
 
 pytestmark = pytest.mark.engine
@@ -291,6 +292,44 @@ def test_gradients_accumulate_and_shares_of_a_step_add_up():
         step(groups[:1], **totals)
         step(groups[1:], **totals)
         assert tm.grad_error(tm.take_grads(model), want)[0] <= 1e-11
+
+
+def test_the_head_gradient_is_added_in_place_from_the_second_row_on(monkeypatch):
+    """Where autograd would do nothing else with it: not past a hook, not where only the head is
+    trained (its loss would have no graph)."""
+    given = []
+
+    def spied(*args, dweight_into=None, **kwargs):
+        given.append(dweight_into)
+        extra = {} if dweight_into is None else {"dweight_into": dweight_into}
+        return fg.linear_grpo_loss(*args, **extra, **kwargs)
+
+    monkeypatch.setattr(engine_loss, "linear_grpo_loss", spied)
+    model, groups = case()
+    head = model.get_output_embeddings().weight
+    obj = fg.Objective("dapo", beta=0.04)
+
+    def placed(**options):
+        given.clear()
+        with tm.float64_norms():
+            want, want_grads = plain_step(model, groups, obj)
+            step = fg.GRPOStep(model, obj, max_tokens=41, self_check=False, **options)
+            metrics = step(groups, weight=-1.5)
+        scaled = {n: None if g is None else -1.5 * g for n, g in want_grads.items()}
+        error, where = tm.grad_error(tm.take_grads(model), scaled)
+        assert error <= 1e-11, where
+        assert metrics["loss"] == pytest.approx(-1.5 * float(want.loss.detach()), rel=1e-10)
+        assert len(given) > 2
+        return [into is not None for into in given]
+
+    assert placed() == [False] + [True] * (len(given) - 1)
+    assert not any(placed(impl="reference")) and not any(placed(workspace_mb=1.0))
+    hook = head.register_post_accumulate_grad_hook(lambda weight: None)
+    assert not any(placed())
+    hook.remove()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is head)
+    assert not any(placed())
 
 
 @pytest.mark.parametrize("reentrant", (True, False))

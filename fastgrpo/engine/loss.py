@@ -95,21 +95,47 @@ class RowLoss:
         return batch
 
     def __call__(
-        self, adapter: Adapter, row: PackedRow, batch: dict, store: FeatureStore
+        self,
+        adapter: Adapter,
+        row: PackedRow,
+        batch: dict,
+        store: FeatureStore,
+        *,
+        backward_scale: float | None = None,
     ) -> tuple[GRPOLoss, Tensor]:
         """The row's result, and its loss as it leaves the model (one tensor, seen by its hooks).
 
         `batch`: the `inputs` of the row's members and the denominators of the step.
+        `backward_scale`: what the caller multiplies the loss by before its backward, which runs in
+        any case. With it the head's gradient may be added to the one already there in the forward.
         """
         results: list[GRPOLoss] = []
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            given = (hidden, weight, bias, row.targets, batch)
-            results.append(self.of_hidden(*given, softcap=adapter.softcap))
+            given = batch
+            if backward_scale is not None and self._adds_in_place(hidden, weight):
+                given = batch | {"dweight_into": weight.grad, "dweight_scale": backward_scale}
+            columns = (hidden, weight, bias, row.targets, given)
+            results.append(self.of_hidden(*columns, softcap=adapter.softcap))
             return results[0].loss[None]
 
         loss = forward_row(adapter, row, head, store)[0]
         return results[0], loss
+
+    def _adds_in_place(self, hidden: Tensor, weight: Tensor) -> bool:
+        """Whether autograd would only add dweight to a float32 gradient, seen by no hook: on the
+        CPU that saves a (V, D) buffer and a pass over it. (A GPU may keep the exponentials instead,
+        and would look for overflow at each chunk.)"""
+        if weight.device.type != "cpu" or self.workspace_mb is not None or self.impl == "reference":
+            return False
+        if torch.compiler.is_compiling():
+            return False
+        if not (weight.is_leaf and weight.requires_grad and hidden.requires_grad):
+            return False
+        if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+            return False
+        grad, wide = weight.grad, torch.promote_types(weight.dtype, torch.float32)
+        return type(grad) is Tensor and grad.dtype == wide and grad.is_contiguous()
 
     def of_hidden(
         self,

@@ -109,10 +109,11 @@ class GRPOStep:
         results = [self._idle_loss(skipped, totals)] if skip else []
         store = feature_store(rows, detach=True, every=self._shares_tower(groups))
         references = self._reference_logp(groups, rows, store)
+        scale = None if distributed() else weight  # other processes' gradients are added by hooks
         for row, batch, ref_logp in zip(rows, batches, references, strict=True):
             if ref_logp is not None:
                 batch["ref_logp"] = ref_logp
-            result, loss = self.loss(adapter, row, batch | totals, store)
+            result, loss = self.loss(adapter, row, batch | totals, store, backward_scale=scale)
             (weight * loss).backward()
             results.append(result)
         store.backward()

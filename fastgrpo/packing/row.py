@@ -51,24 +51,8 @@ class PackedRow:
             local_blocks=adapter.family.local_blocks,
         )
 
-        ids, positions, targets, self.following = [], [], [], []
-        for part in parts:
-            prompt = part.group.prompt_ids
-            where = adapter.prompt_positions(prompt, part.group.vision)
-            # Completions go on where text after the prompt would, not at its length: an image of
-            # h x w tokens advances the positions by max(h, w).
-            following = int(where[0, -1])
-            self.following.append(following)
-            ids.append(prompt)
-            positions.append(where[:, :-1])
-            for g, c in part.members:
-                fed, target = fed_and_target(adapter, groups[g], c, neutral_id)
-                ids.append(fed)
-                targets.append(target)
-                positions.append(_positions_after(adapter, part.group, groups[g], c, following))
-        target = torch.cat([*targets, torch.zeros(0, dtype=torch.int64)])
-        self.num_targets = int((target != IGNORE).sum())
-        sent = (torch.cat(ids)[None], torch.cat(positions, 1), target)
+        sent, self.following = _tokens(adapter, parts, groups, neutral_id)
+        self.num_targets = int((sent[2] != IGNORE).sum())
         input_ids, position_ids, self.targets = device_copies(sent, device)
         if adapter.family.axes > 1:
             position_ids = position_ids[:, None]  # (A, 1, T)
@@ -96,6 +80,30 @@ class PackedRow:
     def mask(self) -> Tensor:
         """(N,) bool: the tokens with a loss."""
         return self.targets != IGNORE
+
+
+def _tokens(
+    adapter, parts: Sequence[Part], groups: Sequence[Group], neutral_id: int | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[int]]:
+    """((1, T) ids, (A, T) positions, (N,) targets) of a row on the host, and the position after
+    each part's prompt."""
+    ids, positions, targets, after = [], [], [], []
+    for part in parts:
+        prompt = part.group.prompt_ids
+        where = adapter.prompt_positions(prompt, part.group.vision)
+        # Completions go on where text after the prompt would, not at its length: an image of
+        # h x w tokens advances the positions by max(h, w).
+        following = int(where[0, -1])
+        after.append(following)
+        ids.append(prompt)
+        positions.append(where[:, :-1])
+        for g, c in part.members:
+            fed, target = fed_and_target(adapter, groups[g], c, neutral_id)
+            ids.append(fed)
+            targets.append(target)
+            positions.append(_positions_after(adapter, part.group, groups[g], c, following))
+    targets.append(torch.zeros(0, dtype=torch.int64))
+    return (torch.cat(ids)[None], torch.cat(positions, 1), torch.cat(targets)), after
 
 
 def _positions_after(adapter, prompt: Group, group: Group, c: int, following: int) -> Tensor:

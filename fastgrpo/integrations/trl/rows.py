@@ -68,14 +68,10 @@ def read_rows(
     """
     device, width = input_ids.device, input_ids.shape[1] - num_columns
     types = [types for types in (mm_token_type_ids, token_type_ids) if types is not None]
-    sizes = {
-        name: value
-        for name, value in fields.items()
-        if isinstance(value, Tensor) and not value.is_floating_point()
-    }
-    read = host_copies([input_ids, attention_mask, *types, *sizes.values()])
-    input_ids, attention_mask, *read = read
-    types, read = read[: len(types)], read[len(types) :]
+    sizes = [n for n, x in fields.items() if isinstance(x, Tensor) and not x.is_floating_point()]
+    read = iter(host_copies([input_ids, attention_mask, *types, *(fields[n] for n in sizes)]))
+    input_ids, attention_mask = next(read), next(read)
+    types = [next(read) for _ in types]
     fields = {**fields, **dict(zip(sizes, read, strict=True))}
     prompt_mask, completion_mask = attention_mask.bool().split([width, num_columns], dim=1)
     prompt_ids, completion_ids = input_ids.split([width, num_columns], dim=1)

@@ -306,7 +306,11 @@ def test_equals_installed_trl(tmp_path, mode):
         output_dir=str(tmp_path), max_completion_length=MAX_LENGTH, bf16=False, report_to=[]
     )
     checked = 0
+    # Every importance sampling but none takes another fifth, which leaves out no pair of values.
+    fifth = None if mode is None else MODES.index(mode)
     for i, fields in enumerate(trl_cases()):
+        if fifth is not None and i % 5 != fifth:
+            continue
         sequence_mode = mode is not None and mode.startswith("sequence")
         if fields["loss_type"] == "vespo" and sequence_mode:
             continue
@@ -333,4 +337,4 @@ def test_equals_installed_trl(tmp_path, mode):
                 ours = float(result.metrics[name])
                 assert ours == pytest.approx(value, rel=1e-6, abs=1e-9), (name, fields)
         checked += 1
-    assert checked > 150
+    assert checked > 100

@@ -107,6 +107,12 @@ def rows(recipe, count=2):
     return data
 
 
+def short(reward):
+    """The reward with a few tokens for what a second pass writes."""
+    second = reward.get("second_pass")
+    return reward | {"second_pass": second | {"max_new_tokens": 8}} if second else reward
+
+
 def trainer_of(recipe, folder, tmp_path):
     keep = {
         k: v
@@ -125,7 +131,7 @@ def trainer_of(recipe, folder, tmp_path):
 
     trainer = Scripted(
         model=str(folder),
-        reward_funcs=[build_reward(r, group_size=G) for r in recipe.rewards],
+        reward_funcs=[build_reward(short(r), group_size=G) for r in recipe.rewards],
         args=RenamedConfig(**(settings | keep)),
         train_dataset=Dataset.from_list(rows(recipe)),
         rule=recipe.advantages,

@@ -12,7 +12,6 @@ from fastgrpo.testing.trl import build_trainer, save_checkpoint, steps_of  # noq
 
 AGREE = {
     "text, image and two-image rows": {},
-    "accumulation": dict(rows=IMAGES, gradient_accumulation_steps=4, per_device_train_batch_size=4),
     "several steps per generation": dict(
         rows=IMAGES,
         per_device_train_batch_size=4,
@@ -24,8 +23,7 @@ AGREE = {
     "reentrant checkpointing": dict(
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
     ),
-    "temperature": dict(temperature=0.7),
-    "padding multiple": dict(pad_to_multiple_of=8),
+    "temperature and padding multiple": dict(temperature=0.7, pad_to_multiple_of=8),
     "entropy bonus and quantile": dict(entropy_coef=0.01, top_entropy_quantile=0.5),
     "batch scaling": dict(scale_rewards="batch", loss_type="dr_grpo", delta=1.5),
     "truncated completions masked": dict(mask_truncated_completions=True, max_completion_length=24),

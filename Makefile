@@ -36,6 +36,7 @@ test: env lint
 MATRIX_TESTS := $(shell grep -lE "mark\.engine" tests/test_*.py) $(wildcard tests/test_trl_*.py)
 test-matrix: .venv-$(OLDEST)/.ready .venv-user/.ready
 	.venv-$(OLDEST)/bin/python -m pytest -n 2 -q $(MATRIX_TESTS)
+	$(USER_PIP) --no-deps --force-reinstall .
 	.venv-user/bin/python -m pytest -n 2 -q $(MATRIX_TESTS)
 
 OLD_PIP := .venv-$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check
@@ -48,7 +49,8 @@ OLD_PIP := .venv-$(OLDEST)/bin/python -m pip install --quiet --disable-pip-versi
 	$(OLD_PIP) -c .venv-$(OLDEST)/constraints.txt --no-build-isolation -e ".[test]"
 	touch $@
 
-# README's two lines, then what runs the tests.
+# README's two lines, then what runs the tests. It is no editable installation: `test-matrix` installs
+# the sources as they are.
 USER_PIP := .venv-user/bin/python -m pip install --quiet --disable-pip-version-check
 .venv-user/.ready: pyproject.toml setup.py $(CONSTRAINTS) $(SOURCES)
 	$(PYTHON) -m venv --clear .venv-user

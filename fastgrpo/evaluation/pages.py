@@ -12,7 +12,7 @@ import orjson
 from fastgrpo.evaluation.run import Evaluation
 from fastgrpo.evaluation.tasks import Scored, Task
 from fastgrpo.report import html
-from fastgrpo.report.pictures import thumbnail
+from fastgrpo.report.pictures import images_shown, thumbnail
 from fastgrpo.rewards.read.chat import content_text
 
 SUMMARY_JSON, SUMMARY_MARKDOWN, WORST = "eval.json", "eval.md", "worst.html"
@@ -83,11 +83,13 @@ def _key(score: Scored) -> float:
 def _row(one: Evaluation, index: int, images: Sequence) -> str:
     row, answer, score = one.rows[index], one.answers[index], one.scored[index]
     named = row.get("image_index") or 0
+    shown = images_shown(len(images), named)
     pictures = "".join(
-        html.image(png, f"image {i}")
-        for i, image in enumerate(images)
-        if (png := _drawn(image, score if i == named else Scored(None)))
+        html.image(png, f"image {i + 1}")
+        for i in shown
+        if (png := _drawn(images[i], score if i == named else Scored(None)))
     )
+    pictures += html.chosen(shown, len(images))
     fault = f'<p class="down">{html.text(score.fault)}</p>' if score.fault else ""
     asked = html.text(str(row.get("problem") or _asked(row.get("prompt"))))
     solution = html.text(str(row.get("solution")))

@@ -41,6 +41,12 @@ def image(png: bytes, label: str) -> str:
     return f'<img alt="{escape(label)}" src="data:image/png;base64,{data}">'
 
 
+def chosen(shown: Sequence[int], count: int) -> str:
+    """Which of `count` images are shown, where not all are."""
+    numbers = ", ".join(str(index + 1) for index in shown)
+    return f'<span class="soft">images {numbers} of {count}</span>' if len(shown) < count else ""
+
+
 def number(value: float | None) -> str:
     return "not scored" if value is None or value != value else f"{value:.3f}"
 

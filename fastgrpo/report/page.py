@@ -12,12 +12,11 @@ from typing import Any
 
 from fastgrpo.report import html
 from fastgrpo.report.curves import CURVES, draw_curves, draw_histograms
-from fastgrpo.report.pictures import drawn_shapes, thumbnail
+from fastgrpo.report.pictures import drawn_shapes, images_shown, thumbnail
 from fastgrpo.report.run import Run, read_run
 
 GROUPS_SHOWN = 3  # of the first and of the last logged step
 ROWS_SHOWN = 8  # of a group
-IMAGES_SHOWN = 6  # of a row with more of them, such as the frames of a video
 _WIDE = ' class="wide"'
 TITLES = {curve.name: curve.title for curve in CURVES} | {
     "step_time": "Where a step's time goes, in seconds"
@@ -152,26 +151,16 @@ def _pictures(row: dict[str, Any], text: str) -> str:
     paths = paths if isinstance(paths, list) else [paths]
     frames = json.loads(row.get("frames") or "{}")
     about, parts = frames.get("index", 0), []
-    shown = _spread(len(paths), about)
+    shown = images_shown(len(paths), about)
     for index in shown:
         shapes = drawn_shapes(row, text) if index == about else ([], [])
         png = thumbnail(paths[index], *shapes)
         gone = f'<span class="soft">not readable: {escape(paths[index])}</span>'
         parts.append(html.image(png, f"image {index + 1}") if png else gone)
-    if len(shown) < len(paths):
-        numbers = ", ".join(str(index + 1) for index in shown)
-        parts.append(f'<span class="soft">images {numbers} of {len(paths)}</span>')
+    parts.append(html.chosen(shown, len(paths)))
     if frames:
         parts.append(f'<span class="soft">{escape(_in_words(frames))}</span>')
     return "".join(parts)
-
-
-def _spread(count: int, about: int) -> list[int]:
-    """Which of `count` images are shown: evenly spaced ones, and the one that boxes are about."""
-    if count <= IMAGES_SHOWN:
-        return list(range(count))
-    even = {round(i * (count - 1) / (IMAGES_SHOWN - 1)) for i in range(IMAGES_SHOWN)}
-    return sorted(even | ({about} & set(range(count))))
 
 
 def _in_words(frames: dict[str, Any]) -> str:

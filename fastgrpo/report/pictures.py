@@ -17,6 +17,7 @@ from fastgrpo.rewards.read.tags import answer_or_all
 
 TRUTH, PREDICTED = "#1f9d55", "#e8590c"
 SIDE, RING = 160, 4  # of a thumbnail, and around a point, in pixels
+IMAGES_SHOWN = 6  # of a row with more of them, such as the frames of a video
 MAX_SHAPES, MAX_CHARS = 50, 100_000
 
 
@@ -56,6 +57,14 @@ def drawn_shapes(row: dict[str, Any], text: str) -> tuple[list, list]:
         )
     except BadColumn:
         return [], []
+
+
+def images_shown(count: int, about: int) -> list[int]:
+    """Which of a row's images are shown: evenly spaced ones, and the one that boxes are about."""
+    if count <= IMAGES_SHOWN:
+        return list(range(count))
+    even = {round(i * (count - 1) / (IMAGES_SHOWN - 1)) for i in range(IMAGES_SHOWN)}
+    return sorted(even | ({about} & set(range(count))))
 
 
 def thumbnail(

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward and backward of the policy log-probs of one VLM group: fastgrpo against TRL's own method.
 
-`--family X ...` (or all) times a small model of each family instead, on the CPU.
+`--family X ...` (or all) times a small model of each family instead, on the CPU; beside those with
+recurrent layers also our packed row with the layers of `pip install tree-recurrence`, if that is
+installed.
 
 A Qwen2.5-VL built from a config, one prompt with one image, G completions. Both compute the same
 log-probs of the same tokens and the gradients of every parameter; TRL pads G full rows and runs
@@ -12,14 +14,15 @@ import argparse
 import contextlib
 import functools
 import inspect
-import time
 from types import SimpleNamespace
+from unittest import mock
 
 import common
 import families
 import torch
 
 import fastgrpo as fg
+from fastgrpo import recurrence
 from fastgrpo.testing import models as tm
 
 # hidden size, heads (text, keys, vision), layers, vocabulary, patches, text tokens, G, lengths
@@ -122,32 +125,78 @@ def saved_mib(run, model) -> float:
     return sum(sizes.values()) / 2**20
 
 
-def family_rows(name: str, small: bool) -> list[common.Row]:
-    """One family's step, each timed once after a warm-up."""
+@contextlib.contextmanager
+def tree_recurrence_layers(model):
+    """Inside, the recurrent layers of a packed row follow it by tree-recurrence, not by us."""
+    import tree_recurrence
+
+    def describe(module, args, kwargs):
+        layout = kwargs["fg_layout"]
+        bounds = {"tree_cu_seqlens_q": layout.cu_q, "tree_cu_seqlens_k": layout.cu_k}
+        return args, kwargs | bounds | {"tree_kv_index": layout.kv_index}
+
+    recurrence.uninstall(fg.models.Adapter(model).mixers)
+    ours = {"install": lambda mixers: None, "counted_calls": contextlib.nullcontext}
+    with mock.patch.multiple(recurrence, **ours):
+        tree_recurrence.install(model)
+        hook = model.register_forward_pre_hook(describe, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+            tree_recurrence.uninstall(model)
+
+
+def tree_logp(model, group: fg.Group) -> torch.Tensor:
+    with tree_recurrence_layers(model):
+        return fastgrpo_logp(model, group)
+
+
+def compare(variants: dict, group: fg.Group, device: str, repeats: int) -> tuple[dict, dict, dict]:
+    """Of each variant its step, its milliseconds, and how far its gradients are from TRL's.
+
+    `variants`: name -> (model, function to the log-probs).
+    """
+    weights = torch.linspace(-1, 1, sum(group.lengths), device=device)
+    grads: dict[str, dict] = {}
+
+    def step(name: str) -> None:
+        owner, logp = variants[name]
+        owner.zero_grad(set_to_none=True)
+        (logp(owner, group) * weights).sum().backward()
+        grads[name] = tm.take_grads(owner)
+
+    runs = {name: functools.partial(step, name) for name in variants}
+    ms = common.median_ms(runs, device, repeats)
+    return runs, ms, {name: tm.grad_error(grads[name], grads["TRL"])[0] for name in variants}
+
+
+def family_rows(name: str, args: argparse.Namespace) -> list[common.Row]:
     from trl.trainer.utils import add_fused_lm_head
 
-    model, group = families.build(name, small=small)
-    stock, _ = families.build(name, small=small)
+    model, group = families.build(name, small=args.small)
+    stock, _ = families.build(name, small=args.small)
     add_fused_lm_head(stock)
-    grads, ms = {}, {}
-    weights = torch.linspace(-1, 1, sum(group.lengths))
     variants = {"fastgrpo": (model, fastgrpo_logp), "TRL": (stock, trl_logp)}
-    for variant, (owner, logp) in variants.items():
-        for _ in range(2):  # the first is the warm-up
-            owner.zero_grad(set_to_none=True)
-            start = time.perf_counter()
-            (logp(owner, group) * weights).sum().backward()
-            ms[variant] = (time.perf_counter() - start) * 1e3
-        grads[variant] = tm.take_grads(owner)
-    ratio = {"TRL time / ours": ms["TRL"] / ms["fastgrpo"]}
+    if fg.models.Adapter(model).mixers and common.importable("tree_recurrence"):
+        variants["packed row, tree-recurrence"] = (model, tree_logp)
+    _, ms, errors = compare(variants, group, "cpu", args.repeats)
     tokens, lengths = families.image_tokens(model, group), group.lengths
     text = f"{name} P={len(group.prompt_ids)} ({tokens} of images)"
     text += f" G={len(lengths)} C={min(lengths)}-{max(lengths)}"
-    error = tm.grad_error(grads["fastgrpo"], grads["TRL"])[0]
-    return [
-        common.Row("families", text, "fastgrpo", ms["fastgrpo"], error=error, extra=ratio),
-        common.Row("families", text, "TRL", ms["TRL"]),
+    found = [
+        common.Row(
+            f"family {name}",
+            text,
+            variant,
+            ms[variant],
+            error=None if variant == "TRL" else errors[variant],
+            extra={"TRL time / this": ms["TRL"] / ms[variant]},
+        )
+        for variant in variants
     ]
+    print(common.table(found), flush=True)
+    return found
 
 
 def rows(args: argparse.Namespace) -> list[common.Row]:
@@ -155,25 +204,21 @@ def rows(args: argparse.Namespace) -> list[common.Row]:
 
     if chosen := getattr(args, "family", None):
         names = fg.models.families() if chosen == ["all"] else chosen
-        return [row for name in names for row in family_rows(name, args.small)]
+        found = []
+        for name in names:
+            of_family = family_rows(name, args)
+            if args.save:  # one by one: all of them take half an hour
+                common.save(of_family, args.device, args.results)
+            found += of_family
+        return found
     shape = "small" if args.small else "cuda" if args.device == "cuda" else "full"
     model, group = build(shape, args.device)
     stock, _ = build(shape, args.device)
     stock.load_state_dict(model.state_dict())
     add_fused_lm_head(stock)
     variants = {"fastgrpo": (model, fastgrpo_logp), "TRL": (stock, trl_logp)}
-    weights = torch.linspace(-1, 1, sum(group.lengths), device=args.device)
-
-    def step(name: str) -> None:
-        owner, logp = variants[name]
-        owner.zero_grad(set_to_none=True)
-        (logp(owner, group) * weights).sum().backward()
-
-    facts = {name: _facts(*variants[name], group, step, name) for name in variants}
-    reference = facts["TRL"].pop("grads")
-    error = tm.grad_error(facts["fastgrpo"].pop("grads"), reference)[0]
-    runs = {name: lambda name=name: step(name) for name in variants}
-    ms = common.median_ms(runs, args.device, args.repeats)
+    facts = {name: _facts(*pair, group) for name, pair in variants.items()}
+    runs, ms, errors = compare(variants, group, args.device, args.repeats)
     facts["fastgrpo"]["TRL time / ours"] = ms["TRL"] / ms["fastgrpo"]
     facts["fastgrpo"]["TRL saved / ours"] = (
         facts["TRL"]["saved MiB"] / facts["fastgrpo"]["saved MiB"]
@@ -186,7 +231,7 @@ def rows(args: argparse.Namespace) -> list[common.Row]:
             text,
             name,
             ms[name],
-            error=error if name == "fastgrpo" else None,
+            error=errors[name] if name == "fastgrpo" else None,
             peak_mib=common.peak_mib(runs[name], args.device),
             note="forward + backward of the log-probs, every parameter trained",
             extra=facts[name],
@@ -195,20 +240,18 @@ def rows(args: argparse.Namespace) -> list[common.Row]:
     ]
 
 
-def _facts(model, logp, group, step, name: str) -> dict:
-    """Vision-tower calls and patches of one forward, bytes saved for backward, gradients."""
+def _facts(model, logp, group) -> dict[str, float]:
+    """Vision-tower calls and patches of one forward, and bytes saved for backward."""
     patches: list[int] = []
     hook = model.model.visual.register_forward_pre_hook(
         lambda module, args, kwargs: patches.append(len(args[0])), with_kwargs=True
     )
     saved = saved_mib(lambda: logp(model, group), model)
     hook.remove()
-    step(name)
     return {
         "vision calls": float(len(patches)),
         "vision patches": float(sum(patches)),
         "saved MiB": saved,
-        "grads": tm.take_grads(model),
     }
 
 

@@ -71,6 +71,7 @@ SHAPES: dict[str, tuple[dict, dict, dict, list]] = {
         {}, _TILES | {"image_size": 168}, {"image_grid_pinpoints": [[336, 168]]}, [(24, 12)]
     ),
     "minicpmv4_6": (_HYBRID, _TILES | {"image_size": 896}, {"insert_layer_id": 1}, [(80, 96)]),
+    "minicpmv4_7": (_HYBRID, _TILES | {"image_size": 896}, {"insert_layer_id": 1}, [(80, 96)]),
     "mistral": ({"sliding_window": None}, {}, {}, []),
     "mistral3": ({}, _TILES | {"head_dim": 40, "image_size": 672}, {}, _GRID),
     "paligemma": ({"head_dim": 32}, _TILES | {"image_size": 224}, {}, [None] * 2),

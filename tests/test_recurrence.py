@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recurrent layers over a packed row: both routes are exact, and a layer that leaves is seen."""
 
+import sys
+
 import pytest
 import torch
 
@@ -46,6 +48,48 @@ def test_both_routes_are_exact(case, route, monkeypatch):
     assert max(errors(case, max_tokens=150)) <= 1e-12
 
 
+def as_fla(rule, calls):
+    """A stand-in with the contract of fla's `chunk_gated_delta_rule`: one row of sequences whose
+    bounds are `cu_seqlens`, a state for each, and by default no final ones."""
+
+    def chunk_gated_delta_rule(
+        q, k, v, g=None, beta=None, *, cu_seqlens, initial_state=None, output_final_state=False,
+        use_qk_l2norm_in_kernel=False,
+    ):  # fmt: skip
+        inputs, bounds = (q, k, v, g, beta), cu_seqlens.tolist()
+        assert all(x.shape[:2] == (1, bounds[-1]) for x in inputs) and bounds[0] == 0
+        assert initial_state is None or len(initial_state) == len(bounds) - 1
+        calls.append(len(bounds) - 1)
+        outs, states = [], []
+        for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            q, k, v, g, beta = (x[:, start:end] for x in inputs)
+            out, state = rule(
+                q, k, v, g=g, beta=beta, output_final_state=True,
+                initial_state=None if initial_state is None else initial_state[i : i + 1],
+                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            )  # fmt: skip
+            outs.append(out)
+            states.append(state)
+        return torch.cat(outs, 1), torch.cat(states) if output_final_state else None
+
+    return chunk_gated_delta_rule
+
+
+@pytest.mark.parametrize("limit, calls", [(0, [4, 8]), (10**6, [8])])
+def test_the_kernels_of_a_gpu_get_bounds(case, limit, calls, monkeypatch):
+    """Two calls that hand states on, or one over whole sequences, as many as cost decides."""
+    mixers, made = models.Adapter(case[0]).mixers, []
+    module = sys.modules[type(mixers[0]).__module__]
+    recurrence.uninstall(mixers)
+    plain = module.torch_chunk_gated_delta_rule
+    monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", as_fla(plain, made))
+    monkeypatch.setattr(branches, "takes_bounds", lambda rule, on: True)
+    monkeypatch.setattr(branches, "RESCAN_TOKENS", limit)
+    assert max(errors(case)) <= 1e-12
+    assert made == calls * len(mixers)
+    recurrence.uninstall(mixers)
+
+
 def test_rescan_only_where_a_kernel_serves_and_little_is_repeated():
     def seam(is_new_implementation):
         def function():
@@ -75,7 +119,7 @@ def test_a_mixer_that_never_reaches_the_seams_raises(case, monkeypatch):
 
 def test_uninstalled_mixers_call_their_own_functions(case):
     mixers = models.Adapter(case[0]).mixers
-    module = __import__("sys").modules[type(mixers[0]).__module__]
+    module = sys.modules[type(mixers[0]).__module__]
     recurrence.install(mixers)
     recurrence.install(mixers)
     original = module.causal_conv1d_fn.fastgrpo_original

@@ -108,7 +108,7 @@ def process_group(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("family", ("qwen2_5_vl", "qwen3_vl", "llama"))
+@pytest.mark.parametrize("family", ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "llama"))
 def test_fsdp2_one_process(process_group, family):
     from torch.distributed.fsdp import fully_shard
 

@@ -44,7 +44,7 @@ def test_a_rank_without_images_runs_an_idle_tower(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ("qwen2_5_vl", "qwen3_vl"))
+@pytest.mark.parametrize("family", ("qwen2_5_vl", "qwen3_vl", "qwen3_5"))
 def test_two_ranks_with_unequal_work(tmp_path, family):
     command = [sys.executable, __file__, str(tmp_path / "store"), family]
     workers = [

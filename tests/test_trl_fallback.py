@@ -15,6 +15,7 @@ from trl import GRPOTrainer  # noqa: E402
 
 from fastgrpo import InputError  # noqa: E402
 from fastgrpo.integrations.trl import FastGRPOTrainer, accelerate  # noqa: E402
+from fastgrpo.models import families  # noqa: E402
 from fastgrpo.testing.models import VOCAB  # noqa: E402
 from fastgrpo.testing.processors import tiny_tokenizer  # noqa: E402
 from fastgrpo.testing.trl import build_trainer, save_checkpoint, steps_of  # noqa: E402
@@ -130,16 +131,23 @@ def test_a_class_that_inherits_its_forward_is_packed(qwen2, tmp_path, monkeypatc
         accelerate(trainer, strict=True)
 
 
+@pytest.fixture
+def without_tool_images(monkeypatch):
+    """As of a family that cannot have images inside a completion."""
+    family = type(families()["qwen2_5_vl"])
+    monkeypatch.setattr(family, "serves_images_in_completions", False)
+
+
 def test_a_batch_with_images_of_a_tool_is_scored_by_trl_until_the_next(
-    qwen2_5_vl, tmp_path, monkeypatch
+    qwen2_5_vl, tmp_path, monkeypatch, without_tool_images
 ):
     trainer = build_trainer(FastGRPOTrainer, qwen2_5_vl, tmp_path)
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda self, *a: ([[1]], None))
     trainer.model.train()
-    assert trainer._unserved() is None
+    assert trainer._unserved({}) is None
     trainer._generate_single_turn([[1]], None, {}, 1, has_tool_images=True)
     trainer._generate_single_turn([[1]], None, {}, 1, has_tool_images=True)
-    assert "tool returned images" in trainer._unserved()
+    assert "tool returned images" in trainer._unserved({})
     asked = []
     monkeypatch.setattr(
         GRPOTrainer, "_get_per_token_logps_and_entropies", lambda self, *a, **k: asked.append(a)
@@ -147,15 +155,17 @@ def test_a_batch_with_images_of_a_tool_is_scored_by_trl_until_the_next(
     trainer._get_per_token_logps_and_entropies(trainer.model, "ids", "mask", 3, num_images=[1])
     assert asked == [(trainer.model, "ids", "mask", 3, None, False, False)]
     trainer.model.eval()
-    assert trainer._unserved() is None  # an evaluation in between is another batch
+    assert trainer._unserved({}) is None  # an evaluation in between is another batch
     trainer.model.train()
     monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", lambda self, rows: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer._generate_and_score_completions([])
-    assert trainer._unserved() is None
+    assert trainer._unserved({}) is None
 
 
-def test_tools_of_a_vision_language_model_are_named_at_construction(qwen2_5_vl, tmp_path, caplog):
+def test_tools_of_a_vision_language_model_are_named_at_construction(
+    qwen2_5_vl, tmp_path, caplog, without_tool_images
+):
     trainer = build_trainer(GRPOTrainer, qwen2_5_vl, tmp_path)
     trainer.tools = [print]
     with pytest.raises(InputError, match="strict=True: tools of a vision-language model"):
@@ -165,6 +175,13 @@ def test_tools_of_a_vision_language_model_are_named_at_construction(qwen2_5_vl, 
     with caplog.at_level(logging.WARNING, logger="fastgrpo"):
         accelerate(trainer)
     assert "a batch with one computes log-probabilities by TRL" in caplog.text
+
+
+def test_tools_of_a_family_that_serves_their_images_are_packed(qwen2_5_vl, tmp_path):
+    trainer = build_trainer(GRPOTrainer, qwen2_5_vl, tmp_path)
+    trainer.tools = [print]
+    accelerate(trainer, strict=True)
+    assert trainer._padded_reason is None
 
 
 def test_every_optimizer_step_has_a_gradient_when_one_group_is_live(qwen2, tmp_path):

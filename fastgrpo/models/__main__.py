@@ -26,7 +26,7 @@ SHOWN = {
 }
 
 NOTES = """
-TRL 1.16 does not train three of them: it marks completions as part of the prompt for PaliGemma, and
+TRL 1.16 does not train four of them: it marks completions as part of the prompt for PaliGemma, and
 has no argument for LLaVA-OneVision's `batch_num_images` and MiniCPM-V's `target_sizes`;
 `fg.GRPOStep` does. TRL passes no videos on, for any family. "Not run": what the test needs (trl,
 the family itself) is not there beside that transformers, or it was left out.

@@ -109,6 +109,12 @@ class Gemma4(Gemma4Text, Tiles):
         return images
 
     def join_images(self, images: Sequence[Vision]) -> Vision:
+        kinds = sorted({str(image["pixel_values"].dtype) for image in images})
+        if len(kinds) > 1:
+            raise InputError(
+                f"pixel_values come in {' and '.join(kinds)}, and the tower computes in the dtype "
+                f"of each: give all of a batch in one"
+            )
         most = max(image["pixel_values"].shape[1] for image in images)
 
         def padded(name: str, value: int) -> Tensor:

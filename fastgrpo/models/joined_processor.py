@@ -16,7 +16,7 @@ def joined_processor(
 
     class Joined(ProcessorMixin):
         return_mm_token_type_ids = options.pop("types", False)
-        unused_input_names = ["num_soft_tokens_per_image"]
+        unused_input_names = ["num_soft_tokens_per_image", "grids", "num_patches_per_image"]
 
         def __init__(self, image_processor, tokenizer, chat_template=None):
             super().__init__(image_processor, tokenizer, chat_template=chat_template)

@@ -70,6 +70,11 @@ class LlavaOnevision(LlavaNext):
         counts = torch.cat([image["batch_num_images"] for image in images])
         return super().join_images(images) | {"batch_num_images": counts}
 
+    def image_counts(
+        self, config, prompts: Sequence[Sequence[int]], vision: Vision, num_images: Sequence[int]
+    ) -> list[int]:
+        return [int(count > 0) for count in num_images]
+
     def split_features(self, output, images: Sequence[Vision]) -> tuple[list[Features], Join]:
         kind, pooled = type(output), iter(output.pooler_output)
         counts = [int(image["batch_num_images"]) for image in images]

@@ -11,6 +11,7 @@ from packaging.version import Version
 
 from fastgrpo.errors import InputError
 from fastgrpo.models.family import Family, Vision
+from fastgrpo.models.joined_processor import joined_processor
 from fastgrpo.models.qwen3_5 import GatedDeltaNet
 from fastgrpo.models.tiles import Tiles
 
@@ -77,6 +78,29 @@ class MiniCPMV46(GatedDeltaNet, Tiles):
 
     def tiny_tower(self, text):
         return super().tiny_tower(text) | {"image_size": 32}
+
+    def tiny_processor(self, config, tokenizer, **options):
+        """The text MiniCPM's own processor writes; that needs torchvision."""
+        from transformers import MiniCPMV4_6ImageProcessorPil
+
+        tower, (start, end) = config.vision_config, self.tiny_markers
+        pictures = MiniCPMV4_6ImageProcessorPil(
+            patch_size=tower.patch_size,
+            scale_resolution=tower.image_size,
+            max_slice_nums=4,
+            downsample_mode=config.downsample_mode,
+        )
+
+        def written(inputs: dict, i: int) -> str:
+            counts = inputs["num_patches_per_image"]
+            first = sum(counts[:i])
+            sizes = torch.as_tensor(inputs["target_sizes"])[first : first + counts[i]]
+            tokens = (self.image_tokens({"target_sizes": size}, config) for size in sizes)
+            return "".join(start + self.tiny_image_text * n + end for n in tokens)
+
+        return joined_processor(pictures, tokenizer, self.tiny_image_text, written, **options)
+
+    tiny_markers = "(", ")"
 
 
 # Before 5.23 its tower merges the windows of images of one size alone.

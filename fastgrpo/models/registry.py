@@ -40,7 +40,6 @@ REFUSED = {
     "lfm2": _CONVOLUTION,
     "lfm2_vl": _CONVOLUTION,
     "minicpmv4_6": "before transformers 5.23 its tower takes images of one size alone",
-    "minicpmv4_7": "its positions, unlike MiniCPM-V 4.6's, are not implemented",
     "qwen2_5_omni": _AUDIO,
     "qwen2_5_omni_thinker": _AUDIO,
     "qwen3_omni_moe": _AUDIO,

@@ -39,7 +39,7 @@ class Sequences:
 
     def run(self, rule, inputs: Sequence[Tensor], state: Tensor | None, final: bool, **options):
         """(M, H, V) outputs and, with `final`, (n, H, K, V) states; `inputs` are (1, T, ...)."""
-        if has_kernel(rule) and inputs[0].is_cuda:
+        if takes_bounds(rule, inputs[0]):
             q, k, v, g, beta = (x.index_select(1, self.tokens) for x in inputs)
             options["cu_seqlens"] = self.bounds
         else:
@@ -122,7 +122,7 @@ class Branches:
 
     def route(self, rule, on: Tensor) -> str:
         """ "rescan" where repeating the prompts costs less than a second call, else "fork"."""
-        one_call = has_kernel(rule) and on.is_cuda and self.repeated < RESCAN_TOKENS
+        one_call = takes_bounds(rule, on) and self.repeated < RESCAN_TOKENS
         return "rescan" if one_call else "fork"
 
 
@@ -182,6 +182,11 @@ def has_kernel(function: Callable) -> bool:
     names = getattr(getattr(call, "__code__", None), "co_freevars", ())
     cells = dict(zip(names, getattr(call, "__closure__", None) or (), strict=False))
     return "is_new_implementation" in cells and bool(cells["is_new_implementation"].cell_contents)
+
+
+def takes_bounds(rule: Callable, on: Tensor) -> bool:
+    """Whether sequences go to `rule` end to end with their bounds: fla's kernels on a GPU."""
+    return has_kernel(rule) and on.is_cuda
 
 
 def _with_zero_row(x: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ from fastgrpo.models.head import effective_head
 logger = logging.getLogger(__name__)
 
 TOOL_IMAGES = "a tool returned images inside a completion"
+CUT_IMAGES = (
+    "a completion was cut inside a tool's image, and TRL leaves out all images of the batch"
+)
 
 
 class FallbackMixin:
@@ -32,7 +35,7 @@ class FallbackMixin:
         self._padded_reason = padded_reason(self)
         doubt = self._padded_reason
         extent = "this run computes"
-        if doubt is None and self.tools and self._is_vlm:
+        if doubt is None and self.tools and self._is_vlm and not self._serves_tool_images():
             doubt = "tools of a vision-language model may return images inside a completion"
             extent = "a batch with one computes"
         if doubt is None:
@@ -48,9 +51,18 @@ class FallbackMixin:
             self.num_generations,
         )
 
-    def _unserved(self) -> str | None:
-        """Why the generation batch at hand is TRL's to score; None: it is packed."""
-        return self._padded_reason or (TOOL_IMAGES if self._tool_images[self._mode] else None)
+    def _unserved(self, batch: dict) -> str | None:
+        """Why the generation batch of `batch` (its images by TRL's names) is TRL's to score; None:
+        it is packed."""
+        if self._padded_reason or not self._tool_images[self._mode]:
+            return self._padded_reason
+        if not self._serves_tool_images():
+            return TOOL_IMAGES
+        return CUT_IMAGES if batch.get("pixel_values") is None else None
+
+    def _serves_tool_images(self) -> bool:
+        adapter = Adapter(self.accelerator.unwrap_model(self.model))
+        return adapter.family.serves_images_in_completions
 
     def _generate_and_score_completions(self, inputs):
         self._tool_images[self._mode] = False

@@ -105,7 +105,7 @@ class LossMixin:
         return name in vars(self) or not all(c.__module__.startswith(known) for c in classes)
 
     def _compute_loss(self, model, inputs):
-        reason, own = self._unserved(), self._own_loss_because()
+        reason, own = self._unserved(inputs), self._own_loss_because()
         if reason and own:
             raise InputError(f"{own} needs packed rows: {reason}")
         if reason:

@@ -36,12 +36,14 @@ class Rows:
     """The rows of one padded batch, unpadded, ids and sizes of images on the host.
 
     `prompts[b]` (P_b,) and `completions[b]` (C_b,) are cut by the attention mask, never by the pad
-    id, which may occur inside either. `vision[b]` holds row b's own images. `device`: the batch's.
+    id, which may occur inside either. `vision[b]` holds the images of row b's prompt, `shown[b]`
+    those a tool returned inside its completion. `device`: the batch's.
     """
 
     prompts: list[Tensor]
     completions: list[Tensor]
     vision: list[dict[str, Tensor]]
+    shown: list[dict[str, Tensor]]
     num_columns: int  # C
     device: torch.device  # of the batch; ids are on the host
 
@@ -63,8 +65,8 @@ def read_rows(
     `fields` are the batch's image inputs by TRL's names; what each token is has Qwen's name or
     Gemma's.
 
-    A completion must be contiguous and start in column P, and may hold no images of a tool; raises
-    `InputError` naming the row.
+    A completion must be contiguous and start in column P, and may hold images of a tool where the
+    family serves them; raises `InputError` naming the row.
     """
     device, width = input_ids.device, input_ids.shape[1] - num_columns
     types = [types for types in (mm_token_type_ids, token_type_ids) if types is not None]
@@ -82,18 +84,35 @@ def read_rows(
             f"row {int(hole.nonzero()[0])}: the completion mask has a hole; a completion must be "
             "right-padded"
         )
+    vision = family.split_rows(fields, num_images, len(input_ids))
+    shown: list[dict[str, Tensor]] = [{} for _ in vision]
     if any(kinds[:, width:].any() for kinds in types):
-        raise InputError(
-            "images inside a completion (returned by a tool) are packed by fg.GRPOStep, not by the "
-            "trainer; train this environment with TRL's own"
-        )
+        if not family.serves_images_in_completions:
+            raise InputError(
+                f"images inside a completion (returned by a tool) cannot be packed for family "
+                f"{family.name!r}; train this environment with TRL's own trainer"
+            )
+        (kinds,) = types
+        parts = [_at_the_prompt(family, *row) for row in zip(vision, kinds[:, :width], strict=True)]
+        vision, shown = [part[0] for part in parts], [part[1] for part in parts]
     return Rows(
         prompts=[ids[keep] for ids, keep in zip(prompt_ids, prompt_mask, strict=True)],
         completions=[c[:n] for c, n in zip(completion_ids, lengths.tolist(), strict=True)],
-        vision=family.split_rows(fields, num_images, len(input_ids)),
+        vision=vision,
+        shown=shown,
         num_columns=num_columns,
         device=device,
     )
+
+
+def _at_the_prompt(family: Family, vision: dict, kinds: Tensor) -> tuple[dict, dict]:
+    """A row's images, those of the prompt and those after it; `kinds` (P,) of the prompt's tokens
+    are 1 where an image is, each image a run of them."""
+    inside = torch.cat([kinds.new_zeros(1), kinds]) == 1
+    count = int((inside[1:] & ~inside[:-1]).sum())
+    images = family.split_images(vision) if vision else []
+    prompt, after = images[:count], images[count:]
+    return tuple(family.join_images(some) if some else {} for some in (prompt, after))
 
 
 def scorable(rows: Rows) -> list[int]:
@@ -112,7 +131,9 @@ def as_groups(rows: Rows, members: list[int]) -> list[Group]:
         if completion.numel() == 0:
             completion, mask = prompt[-1:], [torch.zeros(1)]
         vision, name = rows.vision[row], f"row {row}"
-        groups.append(Group(prompt, [completion], vision, mask=mask, sample_id=name))
+        shown = [rows.shown[row]] if rows.shown[row] else None
+        options = {"mask": mask, "sample_id": name, "completion_vision": shown}
+        groups.append(Group(prompt, [completion], vision, **options))
     return groups
 
 

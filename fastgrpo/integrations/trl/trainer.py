@@ -156,7 +156,7 @@ class _FastMixin(
         """
         if self._given is not None:
             return self._given
-        if self._unserved():
+        if self._unserved(fields):
             return super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,

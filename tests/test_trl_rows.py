@@ -46,9 +46,8 @@ def batch(prompts, completions):
     return torch.tensor(ids), torch.tensor(mask), columns
 
 
-def read(ids, mask, columns, fields=None, **kwargs):
-    family = families()["qwen2_5_vl"]
-    return read_rows(ids, mask, columns, family, fields or {}, **kwargs)
+def read(ids, mask, columns, fields=None, family="qwen2_5_vl", **kwargs):
+    return read_rows(ids, mask, columns, families()[family], fields or {}, **kwargs)
 
 
 def test_rows_are_cut_by_the_mask_not_by_the_pad_id():
@@ -98,11 +97,25 @@ def test_a_batch_of_text_rows_with_empty_pixels_has_no_vision():
     assert read(*batch([[1]] * 2, [[2]] * 2), empty, num_images=[0, 0]).vision == [{}, {}]
 
 
-def test_another_layout_of_pixels_and_images_of_a_tool_are_refused():
+def test_another_layout_of_pixels_is_refused():
     with pytest.raises(InputError, match="pixel_values"):
         read(*batch([[1]], [[2]]), dict(pixel_values=torch.zeros(2, 3, 4, 4)), num_images=[2])
-    with pytest.raises(InputError, match="tool"):
-        read(*batch([[1]], [[2]]), token_type_ids=torch.tensor([[0, 1]]))
+
+
+def test_images_of_a_tool_are_their_completions_where_they_are_served():
+    """Three images: one of the first row's prompt, two that its completion was shown."""
+    pixels = torch.arange(12.0)[:, None]
+    fields = dict(pixel_values=pixels, image_grid_thw=torch.tensor([[1, 2, 2]] * 3))
+    ids, mask, columns = batch([[1, 7], [1, 2]], [[3, 7, 4, 7], [5]])
+    types = {"mm_token_type_ids": (ids == 7).int()}
+    rows = read(ids, mask, columns, fields, num_images=[3, 0], **types)
+    assert rows.vision[0]["pixel_values"].flatten().tolist() == [0, 1, 2, 3]
+    assert rows.shown[0]["pixel_values"].flatten().tolist() == list(range(4, 12))
+    assert rows.vision[1] == rows.shown[1] == {}
+    first, second = as_groups(rows, [0, 1])
+    assert first.completion_vision == [rows.shown[0]] and second.completion_vision is None
+    with pytest.raises(InputError, match="tool.* cannot be packed for family 'gemma3'"):
+        read(ids, mask, columns, family="gemma3", token_type_ids=(ids == 7).int())
 
 
 def test_scatter_puts_values_in_their_rows_zeros_elsewhere_and_passes_gradients():

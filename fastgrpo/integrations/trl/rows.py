@@ -127,13 +127,13 @@ def as_groups(rows: Rows, members: list[int]) -> list[Group]:
     """
     groups = []
     for row in members:
-        prompt, completion, mask = rows.prompts[row], rows.completions[row], None
+        prompt, completion = rows.prompts[row], rows.completions[row]
+        options = {"sample_id": f"row {row}"}
         if completion.numel() == 0:
-            completion, mask = prompt[-1:], [torch.zeros(1)]
-        vision, name = rows.vision[row], f"row {row}"
-        shown = [rows.shown[row]] if rows.shown[row] else None
-        options = {"mask": mask, "sample_id": name, "completion_vision": shown}
-        groups.append(Group(prompt, [completion], vision, **options))
+            completion, options["mask"] = prompt[-1:], [torch.zeros(1)]
+        elif rows.shown[row]:
+            options["completion_vision"] = [rows.shown[row]]
+        groups.append(Group(prompt, [completion], rows.vision[row], **options))
     return groups
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model of each family for `bench_step.py --family`: one decoder width, each its own tower.
 
-A prompt has about 480 image tokens, or as near as the family's fixed number an image allows; that of
-a text family has 1024 tokens. (The tokens alone bound a text family's ratio to a padded forward by
-G (P + C) / (P + G C), 5.4 at 1024 tokens and 4.1 at 520.) The vocabulary is small, as the head is a
+A prompt has about 480 image tokens, or as near as the family's fixed number an image allows; that
+of a text family has 1024 tokens. (Tokens alone bound a text family's ratio to a padded forward by
+G (P + C) / (P + G C): 5.3 at 1024 tokens, 4.1 at 520.) The vocabulary is small, as the head is a
 small part of a model of some billions of parameters.
 """
 

@@ -152,35 +152,41 @@ def tree_logp(model, group: fg.Group) -> torch.Tensor:
         return fastgrpo_logp(model, group)
 
 
-def compare(variants: dict, group: fg.Group, device: str, repeats: int) -> tuple[dict, dict, dict]:
+def compare(
+    variants: dict, group: fg.Group, device: str, repeats: int, warm_up: fg.Group | None = None
+) -> tuple[dict, dict, dict]:
     """Of each variant its step, its milliseconds, and how far its gradients are from TRL's.
 
-    `variants`: name -> (model, function to the log-probs).
+    `variants`: name -> (model, function to the log-probs). `warm_up`: what they run on before;
+    None: on `group`.
     """
-    weights = torch.linspace(-1, 1, sum(group.lengths), device=device)
     grads: dict[str, dict] = {}
 
-    def step(name: str) -> None:
+    def step(name: str, group: fg.Group = group) -> None:
         owner, logp = variants[name]
         owner.zero_grad(set_to_none=True)
+        weights = torch.linspace(-1, 1, sum(group.lengths), device=device)
         (logp(owner, group) * weights).sum().backward()
         grads[name] = tm.take_grads(owner)
 
+    if warm_up is not None:
+        for name in variants:
+            step(name, warm_up)
     runs = {name: functools.partial(step, name) for name in variants}
-    ms = common.median_ms(runs, device, repeats)
+    ms = common.median_ms(runs, device, repeats, warm=warm_up is not None)
     return runs, ms, {name: tm.grad_error(grads[name], grads["TRL"])[0] for name in variants}
 
 
 def family_rows(name: str, args: argparse.Namespace) -> list[common.Row]:
     from trl.trainer.utils import add_fused_lm_head
 
-    model, group = families.build(name, small=args.small)
-    stock, _ = families.build(name, small=args.small)
+    model, group, little = families.build(name, small=args.small)
+    stock, *_ = families.build(name, small=args.small)
     add_fused_lm_head(stock)
     variants = {"fastgrpo": (model, fastgrpo_logp), "TRL": (stock, trl_logp)}
     if fg.models.Adapter(model).mixers and common.importable("tree_recurrence"):
         variants["packed row, tree-recurrence"] = (model, tree_logp)
-    _, ms, errors = compare(variants, group, "cpu", args.repeats)
+    _, ms, errors = compare(variants, group, "cpu", args.repeats, warm_up=little)
     tokens, lengths = families.image_tokens(model, group), group.lengths
     text = f"{name} P={len(group.prompt_ids)} ({tokens} of images)"
     text += f" G={len(lengths)} C={min(lengths)}-{max(lengths)}"

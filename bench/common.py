@@ -61,13 +61,16 @@ class Row:
 
 
 def median_ms(
-    variants: dict[str, Callable[[], object]], device: str = "cpu", repeats: int = 5
+    variants: dict[str, Callable[[], object]],
+    device: str = "cpu",
+    repeats: int = 5,
+    warm: bool = False,
 ) -> dict[str, float]:
-    """Median milliseconds of each variant; on CPU the variants take turns, after one warm-up each,
-    so that a slow moment of the machine does not fall on one of them."""
+    """Median milliseconds of each variant; on CPU the variants take turns, after one warm-up each
+    (unless they are `warm`), so that a slow moment of the machine does not fall on one of them."""
     if device == "cuda":
         return {name: _median_on_gpu(run, repeats) for name, run in variants.items()}
-    for run in variants.values():
+    for run in () if warm else variants.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):

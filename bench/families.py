@@ -34,15 +34,16 @@ _HYBRID = dict(
 )
 _GEMMA = dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=1024)
 _EXPERTS = dict(moe_intermediate_size=176, shared_expert_intermediate_size=176)
-_PATCHES = dict(depth=4, hidden_size=160, intermediate_size=440, num_heads=4, patch_size=14)
+_PATCHES = dict(depth=2, hidden_size=160, intermediate_size=440, num_heads=4, patch_size=14)
 _TILES = dict(
     hidden_size=160,
     intermediate_size=440,
-    num_hidden_layers=4,
+    num_hidden_layers=2,
     num_attention_heads=4,
     patch_size=14,
 )
 _QWEN3 = _PATCHES | dict(num_position_embeddings=2304)
+_DEEPSTACK = dict(deepstack_visual_indexes=[0, 1])
 _GRID = [(40, 48)]  # of patches, merged two by two
 
 # family -> fields of the decoder, of the tower, of the whole, and the sizes of the images
@@ -51,7 +52,7 @@ SHAPES: dict[str, tuple[dict, dict, dict, list]] = {
     "gemma3_text": (_GEMMA, {}, {}, []),
     "gemma4": (
         {"head_dim": 32, "global_head_dim": 64, "sliding_window": 512},
-        dict(hidden_size=160, intermediate_size=440, num_hidden_layers=4, num_attention_heads=4,
+        dict(hidden_size=160, intermediate_size=440, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=4, head_dim=40, patch_size=16, pooling_kernel_size=3),
         {},
         [(42, 54)] * 2,
@@ -73,42 +74,42 @@ SHAPES: dict[str, tuple[dict, dict, dict, list]] = {
     "llava_onevision": (
         {}, _TILES | {"image_size": 168}, {"image_grid_pinpoints": [[336, 168]]}, [(24, 12)]
     ),
-    "minicpmv4_6": (_HYBRID, _TILES | {"image_size": 896}, {"insert_layer_id": 1}, [(80, 96)]),
-    "minicpmv4_7": (_HYBRID, _TILES | {"image_size": 896}, {"insert_layer_id": 1}, [(80, 96)]),
+    "minicpmv4_6": (_HYBRID, _TILES | {"image_size": 896}, {}, [(80, 96)]),
+    "minicpmv4_7": (_HYBRID, _TILES | {"image_size": 896}, {}, [(80, 96)]),
     "mistral": ({"sliding_window": None}, {}, {}, []),
     "mistral3": ({}, _TILES | {"head_dim": 40, "image_size": 672}, {}, _GRID),
     "paligemma": ({"head_dim": 32}, _TILES | {"image_size": 224}, {}, [None] * 2),
     "qwen2_5_vl": (
-        {}, _PATCHES | {"window_size": 112, "fullatt_block_indexes": [3]}, {}, _GRID
+        {}, _PATCHES | {"window_size": 112, "fullatt_block_indexes": [1]}, {}, _GRID
     ),
-    "qwen2_vl": ({}, dict(depth=4, embed_dim=160, num_heads=4, patch_size=14), {}, _GRID),
+    "qwen2_vl": ({}, dict(depth=2, embed_dim=160, num_heads=4, patch_size=14), {}, _GRID),
     "qwen3_5": (_HYBRID, _QWEN3, {}, _GRID),
     "qwen3_5_moe": (_HYBRID | _EXPERTS, _QWEN3, {}, _GRID),
     "qwen3_5_moe_text": (_HYBRID | _EXPERTS, {}, {}, []),
     "qwen3_5_text": (_HYBRID, {}, {}, []),
     "qwen3_moe": (_EXPERTS, {}, {}, []),
     "qwen3_next": (_HYBRID | _EXPERTS, {}, {}, []),
-    "qwen3_vl": ({}, _QWEN3, {}, _GRID),
-    "qwen3_vl_moe": (_EXPERTS, _QWEN3, {}, _GRID),
+    "qwen3_vl": ({}, _QWEN3 | _DEEPSTACK, {}, _GRID),
+    "qwen3_vl_moe": (_EXPERTS, _QWEN3 | _DEEPSTACK, {}, _GRID),
     "smolvlm": ({}, _TILES | {"image_size": 448}, {"scale_factor": 4}, [None] * 8),
 }  # fmt: skip
 
 
-def build(name: str, *, small: bool = False) -> tuple[torch.nn.Module, fg.Group]:
-    """The model in float32 and one group of `GENERATIONS` completions; `small`: of the sizes of
-    tests, to see that it runs."""
+def build(name: str, *, small: bool = False) -> tuple[torch.nn.Module, fg.Group, fg.Group]:
+    """The model in float32, one group of `GENERATIONS` completions, and a little one to warm up;
+    `small`: of the sizes of tests, to see that it runs."""
     text, vision, top, images = SHAPES.get(name, ({}, {}, {}, []))
+    little = [([(4, 6)] if images else [], 5, [3, 8, 4])]
     if small:
         model = tm.tiny_model(name).train()
-        specs = [([(4, 6)] if images else [], 5, [3, 8, 4])]
-        return model, tm.synthetic_groups(model, specs)[0]
+        return model, *tm.synthetic_groups(model, little * 2)
     model = tm.tiny_model(name, text=_DECODER | text, vision=vision, **top).train()
     low, high = LENGTHS
     lengths = torch.linspace(low, high, GENERATIONS).long().tolist()
     tokens = BESIDE_IMAGES if images else TEXT_TOKENS
     generator = torch.Generator().manual_seed(0)
     group = tm.synthetic_group(model, images, tokens, lengths, generator=generator)
-    return model, group
+    return model, group, *tm.synthetic_groups(model, little)
 
 
 def image_tokens(model: torch.nn.Module, group: fg.Group) -> int:

@@ -128,24 +128,22 @@ def test_float32_adds_only_its_rounding(family):
 @pytest.mark.parametrize("reentrant", (True, False))
 @pytest.mark.parametrize("family", EVERY)
 def test_adapters_under_checkpointing(family, reentrant):
-    """LoRA on every linear layer of decoder and tower, activations computed twice, in float64; what
-    a reentrant checkpoint loses of a tower whose input needs no gradient is lost in the plain
-    forward too."""
+    """LoRA on every linear layer of decoder and tower, activations computed twice; what a reentrant
+    checkpoint loses of a tower whose input needs no gradient is lost in the plain forward too."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     lora = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    with tm.float64_norms():
-        model = tm.tiny_model(family, torch.float64)
-        model = peft.get_peft_model(model, lora).double().train()
-        groups = tm.synthetic_groups(model.get_base_model(), SPECS[:3])
-        tm.checkpoint_activations(model.get_base_model(), reentrant=reentrant)
-        model.get_base_model().enable_input_require_grads()
-        want = naive(model, groups)
-        if reentrant and getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
-            with pytest.raises(fg.InputError, match="their gradient is lost"):
-                errors(model, groups, want)
-            return
-        assert max(errors(model, groups, want)) <= 1e-12
+    model = peft.get_peft_model(tm.tiny_model(family), lora).train()
+    groups = tm.synthetic_groups(model, SPECS[:3])
+    tm.checkpoint_activations(model.get_base_model(), reentrant=reentrant)
+    model.get_base_model().enable_input_require_grads()
+    want = naive(model, groups)
+    if reentrant and getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        with pytest.raises(fg.InputError, match="their gradient is lost"):
+            errors(model, groups, want)
+        return
+    error, grad_error = errors(model, groups, want)
+    assert error <= 1e-4 and grad_error <= 5e-4
 
 
 @pytest.mark.parametrize("family", [p for p in EVERY if p.values[0] in tm.VLM_FAMILIES])

@@ -99,7 +99,7 @@ def build(name: str, *, small: bool = False) -> tuple[torch.nn.Module, fg.Group,
     """The model in float32, one group of `GENERATIONS` completions, and a little one to warm up;
     `small`: of the sizes of tests, to see that it runs."""
     text, vision, top, images = SHAPES.get(name, ({}, {}, {}, []))
-    little = [([(4, 6)] if images else [], 5, [3, 8, 4])]
+    little = [([(6, 6)] if images else [], 5, [3, 8, 4])]
     if small:
         model = tm.tiny_model(name).train()
         return model, *tm.synthetic_groups(model, little * 2)

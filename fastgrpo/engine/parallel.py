@@ -67,10 +67,13 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copies whole tensors, the same in every process, into the model's parameters by name."""
     if is_zero3(model):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         parameters = dict(model.named_parameters())
-        with torch.no_grad(), GatheredParameters(list(parameters.values()), modifier_rank=0):
+        with (
+            torch.no_grad(),
+            deepspeed.zero.GatheredParameters(list(parameters.values()), modifier_rank=0),
+        ):
             for name, weight in weights.items():
                 if name in parameters and parameters[name].numel():
                     parameters[name].copy_(weight)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from fastgrpo.models.adapter import Adapter
+from fastgrpo.packing.host import first_equal
 
 
 @contextlib.contextmanager
@@ -125,7 +126,7 @@ class _VisionRows:
             if fields.get(name) is not None
         }
         if self.before is None or not (
-            _equal_tensors(self.before[0], vision) and self.before[1:] == (counts, number)
+            self.before[1:] == (counts, number) and _equal(self.before[0], vision)
         ):
             self.repeated = self._repeat(fields, vision, counts, number)
             kept = {name: x.clone() for name, x in vision.items()}
@@ -146,13 +147,13 @@ class _VisionRows:
         family = self.adapter.family
         images = family.image_counts(self.adapter.config, fields["input_ids"], vision, counts)
         rows = family.split_rows(vision, images, len(counts))
-        if not _equal_tensors(family.join_images([row for row in rows if row]), vision):
+        if not _equal(family.join_images([row for row in rows if row]), vision):
             return None
         return family.join_images([rows[n] for n in number if rows[n]])
 
 
-def _equal_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return first_equal([a, b]) == [0, 0]
 
 
 def _rows(values: Any, number: Sequence[int]) -> Any:

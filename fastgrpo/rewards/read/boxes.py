@@ -88,14 +88,8 @@ def bracket_box(text: str, start: int = 0) -> list[float] | None:
 
 def bracket_boxes(text: str, limit: int) -> list[list[float]]:
     """Every `[a, b, c, d]` of the text, at most `limit`."""
-    boxes: list[list[float]] = []
-    for opened in _opened(text):
-        box = _decimals(f"{opened}]")
-        if box is not None:
-            boxes.append(box)
-        if len(boxes) == limit:
-            break
-    return boxes
+    boxes = (_decimals(f"{opened}]") for opened in _opened(text))
+    return list(islice(filter(None, boxes), limit))
 
 
 def bracket_points(text: str, limit: int) -> list[list[float]]:

@@ -2,11 +2,13 @@
 """The guide is true: its blocks run, its pages equal the source, its links lead somewhere."""
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,6 +19,7 @@ import trl  # noqa: E402
 from markdown_blocks import runnable  # noqa: E402
 
 from fastgrpo.cli import main  # noqa: E402
+from fastgrpo.models import families  # noqa: E402
 from fastgrpo.rewards.core import registry  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,3 +159,54 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
         assert not fetched.search(page.read_text("utf-8")), page
     for style in tmp_path.rglob("*.css"):
         assert not re.search(r"(?:url\(|@import)\s*['\"]?https?:", style.read_text("utf-8")), style
+
+
+def test_the_table_of_families_says_what_the_results_say(tmp_path):
+    page = load("families")
+    exact, fault = "t.py::test_packed_equals_one_by_one", "t.py::test_the_fault_shows"
+    cases = {
+        f"{exact}[llama]": {"outcome": "passed", "worst": 3.2e-14},
+        f"{fault}[llama-one]": {"outcome": "failed"},
+        f"{fault}[llama-two]": {"outcome": "passed"},
+        "t.py::test_a_completion_changes_no_other[llama]": {"outcome": "skipped"},
+        "t.py::test_order_changes_nothing[llama]": {"outcome": "passed"},
+    }
+    for version in ("5.17.0", "5.24.0"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "llama.json").write_text(json.dumps(cases))
+        cases[f"{exact}[llama]"]["worst"] = 2e-15
+    head, _, *rows = (line.strip("| ").split(" | ") for line in page.table(tmp_path).splitlines())
+    rows = {row[0]: dict(zip(head, row, strict=True)) for row in rows if len(row) == len(head)}
+    assert set(rows) == set(families())
+    llama = rows["llama"]
+    assert llama["float64"] == "3e-14 / 2e-15" and llama["any order"] == "yes"
+    assert llama["faults show"] == "fails" and llama["isolated"] == "not run"
+    assert llama["videos"] == "–" and rows["qwen3_vl"]["videos"] == "not run"
+
+
+def test_results_of_a_family_are_kept_when_its_last_test_has_run(tmp_path):
+    page = load("families")
+    (tmp_path / "qwen3.json").write_text("{}")
+    names = [("test_values", "llama"), ("test_values", "qwen3"), ("test_errors", "llama")]
+    items = [
+        SimpleNamespace(
+            nodeid=f"t.py::{test}[{family}]", originalname=test,
+            callspec=SimpleNamespace(params={"family": family}),
+        )
+        for test, family in names
+    ]  # fmt: skip
+    keeper = page.Keeper(tmp_path, {"llama", "qwen3"})
+    keeper.pytest_collection_modifyitems(items)
+    left = [item.nodeid for item in items]
+    assert left == ["t.py::test_values[llama]", "t.py::test_errors[llama]"]
+    for item, outcome in zip(items, ("passed", "failed"), strict=True):
+        assert not (tmp_path / "llama.json").exists()
+        for when in ("setup", "call", "teardown"):
+            keeper.pytest_runtest_logreport(
+                SimpleNamespace(
+                    nodeid=item.nodeid, duration=0.5, when=when, user_properties=[("worst", 1e-9)],
+                    outcome=outcome if when == "call" else "passed",
+                )
+            )  # fmt: skip
+    kept = json.loads((tmp_path / "llama.json").read_text())
+    assert kept[left[1]] == {"outcome": "failed", "seconds": 1.5, "worst": 1e-9}

@@ -117,7 +117,9 @@ def test_values(family):
     apart = [fg.Group(first.prompt_ids, [c], first.vision) for c in first.completions]
     tiny = [fg.Group(torch.tensor([i % 90]), [torch.tensor([i % 89])]) for i in range(512)]
     assert_values(model, [*mixed, same])
-    assert_values(model, apart)
+    assert_values(model, apart)  # one prompt
+    longest = first.prompt_ids.numel() + max(first.lengths)
+    assert_values(model, apart, max_tokens=longest)  # one for each
     with torch.no_grad():  # one forward of 512 plain samples, not 512 forwards
         ids = torch.stack([torch.cat([g.prompt_ids, g.completions[0]]) for g in tiny])
         given = models.families()[family].stock_inputs(model.config, ids, {}, 1)
@@ -158,8 +160,9 @@ def test_errors(family):
         return
     image = models.Adapter(model).placeholders[0]
     tokens = int((group.prompt_ids == image).sum())
-    refused("completions.0. has the image or video placeholder .* at token 1",
-            completions=[torch.tensor([5, image])])  # fmt: skip
+    for placeholder in models.Adapter(model).placeholders:
+        refused("completions.0. has the image or video placeholder .* at token 1",
+                completions=[torch.tensor([5, placeholder])])  # fmt: skip
     refused(f"has {tokens - 1} tokens .*vision has {tokens} features",
             prompt=without_last_image_token(group, image))  # fmt: skip
     refused(f"has {tokens} image tokens, vision has no images", vision={})
@@ -225,14 +228,14 @@ def test_images_of_different_dtypes(family):
 def test_padded_batches(family, side):
     """What a processor makes of several prompts at once is cut into what it makes of each."""
     pytest.importorskip("trl")
-    from fastgrpo.integrations.trl.rows import as_groups, read_rows
+    from fastgrpo.integrations.trl.rows import TYPE_FIELDS, as_groups, read_rows
 
     model = tm.tiny_model(family)
     kind = models.families()[family]
     processor = tiny_processor(model.config, pad_is_eos=True)
     processor.tokenizer.padding_side = side
     picture = Image.radial_gradient("L").convert("RGB").resize((24, 16))
-    given = [[picture], [picture, picture.rotate(37).resize((16, 32))]]
+    given = [[picture], [picture, picture.rotate(37).resize((16, 32))], [picture, picture]]
 
     def process(chosen):
         texts = [
@@ -244,14 +247,17 @@ def test_padded_batches(family, side):
         ]  # fmt: skip
         return processor(images=chosen, text=texts, padding=True, return_tensors="pt")
 
-    completions = torch.tensor([[5, 6, processor.tokenizer.pad_token_id, 7], [8, 0, 0, 0]])
-    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
+    completions = torch.tensor(
+        [[5, 6, processor.tokenizer.pad_token_id, 7], [8, 0, 0, 0], [9, 8, 0, 0]]
+    )
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
     batch = process(given)
     fields = {k: batch[k] for k in (*kind.media_inputs, *kind.count_inputs) if k in batch}
+    types = {k: torch.cat([batch[k], 0 * completions], 1) for k in TYPE_FIELDS if k in batch}
     prompts = [
         p[m.bool()] for p, m in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
-    counts = kind.image_counts(model.config, [p.tolist() for p in prompts], fields, [1, 2])
+    counts = kind.image_counts(model.config, [p.tolist() for p in prompts], fields, [1, 2, 2])
     rows = read_rows(
         torch.cat([batch["input_ids"], completions], 1),
         torch.cat([batch["attention_mask"], mask], 1),
@@ -259,8 +265,9 @@ def test_padded_batches(family, side):
         kind,
         fields,
         num_images=counts,
+        **types,
     )
-    groups = as_groups(rows, [0, 1])
+    groups = as_groups(rows, [0, 1, 2])
     for group, images, completion, keep in zip(groups, given, completions, mask, strict=True):
         one = process([images])
         vision = {k: one[k] for k in kind.media_inputs if k in one}

@@ -48,7 +48,8 @@ def plain(model, groups):
 
 
 @pytest.mark.parametrize("family", SERVED)
-def test_equals_one_by_one(family):
+def test_equals_one_by_one(family, record_property):
+    worst = 0.0
     with tm.float64_norms():
         model = tm.tiny_model(family, torch.float64)
         groups = case(model)
@@ -60,9 +61,11 @@ def test_equals_one_by_one(family):
             scores = fg.score(model, groups, self_check=False, max_tokens=budget)
             for score, row in zip(scores, want, strict=True):
                 for ours, theirs in zip(score.logp, row, strict=True):
-                    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+                    worst = max(worst, float((ours - theirs).detach().abs().max()))
             tm.weighted_sum([s.logp for s in scores], weights).backward()
-            assert tm.grad_error(tm.take_grads(model), want_grads)[0] <= 1e-12
+            worst = max(worst, tm.grad_error(tm.take_grads(model), want_grads)[0])
+    record_property("worst", worst)
+    assert worst <= 1e-12
 
 
 def test_an_image_shown_to_one_completion_changes_no_other():

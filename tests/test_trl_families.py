@@ -78,16 +78,16 @@ def rows_for(family):
 
 
 @pytest.mark.parametrize("family, steps", STEPS)
-def test_same_numbers_as_trl(family, steps, tmp_path):
+def test_same_numbers_as_trl(family, steps, tmp_path, record_property):
     worst = train_both(family, tmp_path, rows_for(family), max_steps=steps)
-    print(f"{family}: {worst:.1e}")
+    record_property("worst", worst)
     assert worst <= 1e-4
 
 
 @pytest.mark.parametrize("family, steps", [("llava", 2), *FIVE])
-def test_same_numbers_as_trl_under_adamw(family, steps, tmp_path):
+def test_same_numbers_as_trl_under_adamw(family, steps, tmp_path, record_property):
     worst = train_both(family, tmp_path, rows_for(family), wide=True, max_steps=steps)
-    print(f"{family}: {worst:.1e}")
+    record_property("worst", worst)
     assert worst <= 1e-4
 
 

@@ -114,7 +114,7 @@ def test_images_of_a_tool_are_their_completions_where_they_are_served():
     assert rows.vision[1] == rows.shown[1] == {}
     first, second = as_groups(rows, [0, 1])
     assert first.completion_vision == [rows.shown[0]] and second.completion_vision is None
-    with pytest.raises(InputError, match="tool.* cannot be packed for family 'gemma3'"):
+    with pytest.raises(InputError, match="row 0: images inside .* not served for family 'gemma3'"):
         read(ids, mask, columns, family="gemma3", token_type_ids=(ids == 7).int())
 
 

@@ -44,15 +44,17 @@ def errors(model, groups, want, want_grads, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_videos_equal_one_by_one(family):
+def test_videos_equal_one_by_one(family, record_property):
     with tm.float64_norms():
         model, groups = case(family, torch.float64)
         want = tm.naive_logp(model, groups)
         tm.weighted_sum(want, tm.random_weights(groups)).backward()
         grads = tm.take_grads(model)
-        assert max(errors(model, groups, want, grads)) <= 1e-12
         tight = max(g.prompt_ids.numel() + max(g.lengths) for g in groups)
-        assert max(errors(model, groups, want, grads, max_tokens=tight)) <= 1e-12
+        found = [errors(model, groups, want, grads, max_tokens=n) for n in (None, tight)]
+    worst = max(map(max, found))
+    record_property("worst", worst)
+    assert worst <= 1e-12
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,18 +96,20 @@ def test_greedy_rollout_is_that_of_whole_forwards(family):
         assert logits.argmax(-1).tolist() == completion.tolist()
 
 
-def test_what_does_not_fit_is_refused():
-    model, groups = case("qwen2_5_vl")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_does_not_fit_is_refused(family):
+    model, groups = case(family)
     group = groups[0]
 
     def refused(match, **changes):
         vision = {k: v for k, v in (group.vision | changes).items() if v is not None}
-        with pytest.raises(fg.InputError, match=match):
-            fg.score(model, [fg.Group(group.prompt_ids, group.completions, vision)])
+        bad = fg.Group(group.prompt_ids, group.completions, vision, sample_id="s7")
+        with pytest.raises(fg.InputError, match=f"sample 's7'.*{match}"):
+            fg.score(model, [bad])
 
     refused("18 video tokens, vision has no videos", pixel_values_videos=None, video_grid_thw=None)
     refused("vision lacks 'video_grid_thw'", video_grid_thw=None)
-    refused("video tokens and video features do not match.*18 tokens in runs .18., vision has 12",
+    refused("video tokens and video features do not match.*18 tokens in runs .*, vision has ",
             video_grid_thw=torch.tensor([[2, 4, 6]]),
             pixel_values_videos=group.vision["pixel_values_videos"][:48])  # fmt: skip
     refused("counts 72 patches, pixel_values_videos has 71",

@@ -17,8 +17,6 @@ def families() -> dict[str, Family]:
     """Every family by `model_type`: the `FAMILIES` of each module in `fastgrpo.models`."""
     found = {}
     for info in pkgutil.iter_modules(models.__path__):
-        if info.name == "__main__":
-            continue
         module = importlib.import_module(f"{models.__name__}.{info.name}")
         for family in getattr(module, "FAMILIES", ()):
             if family.name in found:

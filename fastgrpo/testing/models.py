@@ -218,13 +218,17 @@ def grad_error(got: dict[str, Tensor | None], want: dict[str, Tensor | None]) ->
 
 
 class float64_norms(TorchFunctionMode):  # noqa: N801, used as a function is
-    """Inside, the parts of the stock models that always compute in float32 keep float64.
+    """Inside, the parts of the stock models that always compute in float32 keep float64, also where
+    a checkpoint computes them again in `loss.backward()`.
 
     Norms, rotary embeddings, routers and recurrences round to float32 even in a float64 model;
     without this, that rounding hides what a float64 comparison is meant to show.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.backward:  # which would run without this mode, as all functions here
+            return self._backward(*args, **kwargs)
+
         def widened(value):
             return torch.float64 if value is torch.float32 else value
 
@@ -232,3 +236,11 @@ class float64_norms(TorchFunctionMode):  # noqa: N801, used as a function is
             func = Tensor.double
         kwargs = {key: widened(value) for key, value in (kwargs or {}).items()}
         return func(*map(widened, args), **kwargs)
+
+    def _backward(self, loss, gradient=None, retain_graph=None, create_graph=False, inputs=None):
+        gradient = torch.ones_like(loss) if gradient is None else gradient
+        with self:
+            torch.autograd.Variable._execution_engine.run_backward(
+                (loss,), (gradient,), bool(retain_graph), create_graph, tuple(inputs or ()),
+                allow_unreachable=True, accumulate_grad=True,
+            )  # fmt: skip

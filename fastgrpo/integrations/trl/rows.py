@@ -86,11 +86,13 @@ def read_rows(
         )
     vision = family.split_rows(fields, num_images, len(input_ids))
     shown: list[dict[str, Tensor]] = [{} for _ in vision]
-    if any(kinds[:, width:].any() for kinds in types):
+    behind = [row for kinds in types for row in kinds[:, width:].any(1).nonzero()[:, 0].tolist()]
+    if behind:
         if not family.serves_images_in_completions:
             raise InputError(
-                f"images inside a completion (returned by a tool) cannot be packed for family "
-                f"{family.name!r}; train this environment with TRL's own trainer"
+                f"row {behind[0]}: images inside a completion are not served for family "
+                f"{family.name!r}. A batch whose tools returned images is left to TRL's padded "
+                f"forward; these came another way (a rollout_func), so use TRL's own trainer"
             )
         (kinds,) = types
         parts = [_at_the_prompt(family, *row) for row in zip(vision, kinds[:, :width], strict=True)]

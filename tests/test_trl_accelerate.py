@@ -85,22 +85,30 @@ def patch_class(trainer):
 
 
 def like_ms_swift(trainer):
-    """A trainer as ms-swift 4.6 has it: its own batches, its own loss of other arguments."""
+    """A trainer with the methods of ms-swift 4.6: batches, log-probs and loss of its own."""
 
     class GRPOTrainer(type(trainer)):
+        def _get_per_token_logps_and_entropies(
+            self, model, model_inputs, grpo_batch, compute_entropy=False, origin_data=None
+        ):
+            raise NotImplementedError
+
         def _prepare_inputs(self, inputs):
             raise NotImplementedError
 
         def _compute_loss(self, model, model_inputs, grpo_batch, origin_data=None):
             raise NotImplementedError
 
-    for method in (GRPOTrainer._prepare_inputs, GRPOTrainer._compute_loss):
-        method.__module__ = "swift.rlhf_trainers.grpo_trainer"
+    for name in ("_get_per_token_logps_and_entropies", "_prepare_inputs", "_compute_loss"):
+        vars(GRPOTrainer)[name].__module__ = "swift.rlhf_trainers.grpo_trainer"
     trainer.__class__ = GRPOTrainer
 
 
 REFUSALS = {
-    "_prepare_inputs is not TRL's own .*swift": ({}, like_ms_swift),
+    "_get_per_token_logps_and_entropies is not TRL's own .*swift.*lose its layout": (
+        {},
+        like_ms_swift,
+    ),
     "forward was patched .*liger_kernel": ({}, patch_model),
     "_calculate_rewards is not TRL's own": ({}, patch_trainer),
     "_prepare_inputs is not TRL's own .*liger_kernel": ({}, patch_class),
@@ -137,3 +145,13 @@ def test_options_are_checked(checkpoint, tmp_path):
         build_trainer(
             FastGRPOTrainer, checkpoint, tmp_path, max_steps=1, fast=FastOptions(backend="none")
         ).train()
+
+
+def test_the_trl_that_ms_swift_needs_is_refused_before_it_is_imported(monkeypatch):
+    from fastgrpo.errors import MissingPackage
+    from fastgrpo.integrations.trl import version
+
+    version.check_not_older()
+    monkeypatch.setattr(version, "version", lambda name: "0.29.1")
+    with pytest.raises(MissingPackage, match=r"needs trl 1\.16, 0\.29\.1 is installed.*ms-swift"):
+        version.check_not_older()

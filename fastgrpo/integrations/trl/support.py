@@ -13,10 +13,10 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from fastgrpo.errors import InputError
+from fastgrpo.integrations.trl.version import TESTED_TRL
 
 logger = logging.getLogger(__name__)
 
-TESTED_TRL = "1.16"
 # TRL's methods that are replaced or called, with their parameters in the tested version.
 METHODS = {
     "_get_per_token_logps_and_entropies": "model input_ids attention_mask logits_to_keep "
@@ -45,6 +45,11 @@ OVERRIDDEN = (
     "_calculate_rewards",
     "_generate_and_score_completions",
 )
+# Trainers of these packages derive from TRL's: what of theirs a packed row cannot keep.
+FOREIGN = {
+    "swift": "ms-swift's templates make its batches, and a hook of theirs on the model's forward "
+    "keeps the arguments it knows alone, so a packed row would lose its layout"
+}
 
 
 def check_version() -> bool:
@@ -52,8 +57,6 @@ def check_version() -> bool:
     tested = Version(trl.__version__).release[:2] == Version(TESTED_TRL).release
     if tested:
         return True
-    if Version(trl.__version__) < Version(TESTED_TRL):
-        raise InputError(f"trl {trl.__version__} is installed; install trl=={TESTED_TRL}.*")
     for name, parameters in METHODS.items():
         method = getattr(GRPOTrainer, name, None)
         found = "gone"
@@ -109,9 +112,10 @@ def _check_methods(trainer: GRPOTrainer, own: type) -> None:
         function = inspect.unwrap(vars(owner)[name])
         patched = name in vars(trainer) or function.__module__ != "trl.trainer.grpo_trainer"
         if owner is not GRPOTrainer or patched:
+            why = FOREIGN.get(function.__module__.split(".")[0], "it would be replaced")
             raise InputError(
                 f"{type(trainer).__name__}.{name} is not TRL's own (it comes from "
-                f"{function.__module__}): it would be replaced, so this trainer is refused"
+                f"{function.__module__}): {why}, so this trainer is refused"
             )
 
 

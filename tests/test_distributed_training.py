@@ -125,11 +125,11 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(launch, models, mode, optio
     needs(mode)
     runs = models / "-".join((mode, "saved", *options)) / case
     launch(mode, "resume", runs, case, "whole", options=options)
-    launch(mode, "resume", runs, case, "resumed", "whole/checkpoint-2", options=options)
+    launch(mode, "resume", runs, case, "resumed", "whole/checkpoint-6", options=options)
     for run in ("whole", "resumed"):
-        assert fault_of(runs / run / "checkpoint-4", 4) is None
+        assert fault_of(runs / run / "checkpoint-8", 8) is None
     steps = [json.loads((runs / f"{run}.json").read_text()) for run in ("whole", "resumed")]
-    assert [s["step"] for s in steps[1]] == [1, 2, 3, 4]  # the first two from the checkpoint
+    assert [s["step"] for s in steps[1]] == [*range(1, 9)]  # the first six from the checkpoint
     for ours, theirs in zip(*steps, strict=True):
         for metric in METRICS:
             assert ours.get(metric) == theirs.get(metric), (ours["step"], metric)

@@ -65,6 +65,7 @@ class CheckpointMixin:
     """Saving and resuming of a TRL trainer by whole checkpoints; see the module."""
 
     _found: str | None = None  # a checkpoint that was looked at and is whole
+    _train_sampler: EpochSampler | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """TRL's, from a checkpoint that is whole: the one named, or the newest of the run (True).
@@ -83,12 +84,18 @@ class CheckpointMixin:
                 )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _run_epoch(self, *args, **kwargs) -> None:
-        """Nothing where the run was cut after its last step: the Trainer would take one more."""
+    def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
+        """Nothing where the run was cut after its last step: the Trainer would take one more.
+
+        The sampler is told the epoch here: resumed inside one over several processes, it lies
+        deeper in accelerate's wrappers than the Trainer looks.
+        """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        if self._train_sampler is not None:
+            self._train_sampler.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def newest_checkpoint(self) -> str | None:
         """The newest whole checkpoint of the run, the same in every process; None without one."""
@@ -109,7 +116,10 @@ class CheckpointMixin:
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
-        return EpochSampler.of(sampler) if type(sampler) is RepeatSampler else sampler
+        if type(sampler) is not RepeatSampler:
+            return sampler
+        self._train_sampler = EpochSampler.of(sampler)
+        return self._train_sampler
 
     def _get_output_dir(self, trial) -> str:
         run_dir = super()._get_output_dir(trial)

@@ -62,7 +62,7 @@ USER_PIP := .venv-user/bin/python -m pip install --quiet --disable-pip-version-c
 test-slow: env
 	$(BIN)/python -m pytest -n 2 -q -m slow
 
-# kill -9 at KILLS random moments, over every kind of run and mode; some 30 s each.
+# kill -9 at KILLS random moments, over every kind of run and mode.
 KILLS ?= 100
 test-faults: env
 	FASTGRPO_KILLS=$(KILLS) $(BIN)/python -m pytest -q -s -m slow tests/test_trl_kills.py

@@ -53,17 +53,19 @@ class Launcher:
         *arguments,
         processes: int = 2,
         seconds: float = 300,
-        kill_after: float | None = None,
+        kill_after: tuple[Path, float] | None = None,
+        dies: bool = False,
         options: tuple[str, ...] = (),
     ) -> bool:
         """`function(*arguments)` in `processes` processes of `mode`, or alone for "one".
 
-        `options` are more of `accelerate launch`. `kill_after`: seconds after which all are killed
-        (SIGKILL). Whether they came to their end; an exception in one of them is an AssertionError
-        with what it printed.
+        `options` are more of `accelerate launch`. `kill_after`: a file, and the seconds after it
+        is there when all are killed (SIGKILL); `dies`: one of them kills itself. Whether they came
+        to their end; an exception in one of them is an AssertionError with what it printed.
         """
         task = dict(mode=mode, function=function, arguments=[str(a) for a in arguments])
-        task |= dict(processes=processes, seconds=seconds, kill_after=kill_after, options=options)
+        task |= dict(processes=processes, seconds=seconds, dies=dies, options=options)
+        task["kill_after"] = kill_after and (str(kill_after[0]), kill_after[1])
         self._server.stdin.write(json.dumps(task) + "\n")
         self._server.stdin.flush()
         reply = json.loads(self._server.stdout.readline())
@@ -82,11 +84,11 @@ def serve(job: Path) -> None:
         print(json.dumps(_run(functions, **task)), file=replies, flush=True)
 
 
-def _run(job, mode, function, arguments, processes, seconds, kill_after, options):
+def _run(job, mode, function, arguments, processes, options, **ends):
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed import run
 
-    ranks = _Ranks(job, function, arguments, seconds, kill_after)
+    ranks = _Ranks(lambda: getattr(job, function)(*arguments), **ends)
     if mode == "one":
         return ranks.fork(1, None)
     config = files("fastgrpo") / "accelerate_configs" / f"{mode}.yaml"
@@ -107,9 +109,9 @@ def _run(job, mode, function, arguments, processes, seconds, kill_after, options
 class _Ranks:
     """The processes of one run, forked from this one."""
 
-    def __init__(self, job, function, arguments, seconds, kill_after):
-        self.work = lambda: getattr(job, function)(*arguments)
-        self.seconds, self.kill_after = seconds, kill_after
+    def __init__(self, work, seconds, kill_after, dies):
+        self.work, self.seconds, self.dies = work, seconds, dies
+        self.mark, self.delay = kill_after or (None, 0)
 
     def fork(self, processes: int, port: int | None) -> dict:
         with open(os.memfd_create("log"), "w+") as log:
@@ -120,25 +122,31 @@ class _Ranks:
         return self.reply
 
     def _wait(self, pids: list[int]) -> tuple[bool, bool]:
-        limit = time.monotonic() + (self.kill_after or self.seconds)
-        running, failed, late = set(pids), False, False
+        """Whether the run was killed as it should be, and whether it failed otherwise."""
+        limit, kill_at = time.monotonic() + self.seconds, None
+        running, killed, failed = set(pids), False, False
         while running:
             for pid in list(running):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     running.remove(pid)
                     failed |= status != 0
-            if time.monotonic() > limit and not late:
-                late = True
-                if self.kill_after is None:  # where they hang
-                    for pid in running:
-                        os.kill(pid, signal.SIGUSR1)
-                    time.sleep(1)
-            if late or failed:
+                    killed |= self.dies and status == signal.SIGKILL
+            now = time.monotonic()
+            if kill_at is None and self.mark and os.path.exists(self.mark):
+                kill_at = now + self.delay
+            if running and not failed and kill_at is not None and now >= kill_at:
+                killed = True
+            if now > limit and not (failed or killed):
+                failed = True
+                for pid in running:  # where they hang
+                    os.kill(pid, signal.SIGUSR1)
+                time.sleep(1)
+            if killed or failed:
                 for pid in running:
                     os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
-        return late and self.kill_after is not None, failed or late
+            time.sleep(0.005)
+        return killed, failed and not killed
 
     def _forked(self, rank: int, processes: int, port: int | None, log: int) -> int:
         pid = os.fork()

@@ -21,7 +21,6 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from fastgrpo.checkpoints import newest_complete
 from fastgrpo.integrations.trl import FastGRPOTrainer
 from fastgrpo.testing import cpu_processes
 from fastgrpo.testing.memory import held_bytes, resident_bytes
@@ -85,7 +84,7 @@ CASES = {
     },
 }
 SAVED = {
-    "sgd": {},
+    "sgd": {"max_steps": 4},
     "adamw": {"optim": "adamw_torch"},
     "moving_reference": {
         "optim": "adamw_torch",
@@ -96,16 +95,6 @@ SAVED = {
         "num_iterations": 2,
     },
     "lora_saved": {"lora": LORA, "optim": "adamw_torch"},
-}
-KILLED = {
-    "optim": "adamw_torch",
-    "max_steps": 10,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "samples": True,
-    "sync_ref_model": True,
-    "ref_model_sync_steps": 1,
-    "ref_model_mixup_alpha": 0.6,
 }
 GREEDY = {
     "do_sample": False,
@@ -182,21 +171,11 @@ def train(output: str, kind: str, name: str) -> None:
 
 
 def resume(output: str, name: str, run: str, checkpoint: str = "") -> None:
-    """A case of SAVED: four steps with checkpoints, in folder `run`, from `checkpoint` if given."""
-    case = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2} | SAVED[name]
+    """A case of SAVED: two epochs with checkpoints, in folder `run`, from `checkpoint` if given."""
+    case = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2} | SAVED[name]
     trainer = build(Path(output, run), "fast", case)
     trainer.train(resume_from_checkpoint=checkpoint and str(Path(output, checkpoint)) or None)
     write(trainer, Path(output), run)
-
-
-def go_on(output: str) -> None:
-    """KILLED in `output`, from its newest whole checkpoint if there is any."""
-    output = Path(output)
-    start, _ = newest_complete(output)
-    trainer = build(output, "fast", KILLED)
-    trainer.add_callback(Progress(output / "progress"))
-    trainer.train(resume_from_checkpoint=start and str(start))
-    write(trainer, output, "result")
 
 
 def grow(output: str, steps: str) -> None:
@@ -227,17 +206,6 @@ def hold(output: str) -> None:
     rank = os.environ.get("RANK", "0")
     Path(output, f"held{rank}.json").write_text(json.dumps(held_bytes()))
     trainer.accelerator.wait_for_everyone()
-
-
-class Progress(TrainerCallback):
-    """Keeps the number of the last step in a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_step_end(self, args, state, control, **_):
-        if state.is_world_process_zero:
-            self.path.write_text(str(state.global_step))
 
 
 def build(output: Path, kind: str, case: dict, said: list | None = None):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole optimizer steps of TRL's trainer and the drop-in in several processes, by mode.
 
-The job is that of `bench_whole_step`: the same prompts whatever the number of processes, one
-micro-batch a group. A row gives the slowest process: milliseconds of a step after the first,
-MiB its tensors hold between steps (weights, gradients, optimizer, the generated batch), and the
-most memory it had. The same model alone is the row of one process.
+The first job of `bench_whole_step` with its settings: the same prompts whatever the number of
+processes, all rows of a process one micro-batch. A row gives the slowest process: milliseconds of
+a step after the first, which also runs the self-check, MiB its tensors hold between steps (weights,
+gradients, optimizer, the generated batch), and the most memory it had. The same job in one process
+comes first.
 """
 
 import argparse
@@ -21,50 +22,50 @@ from fastgrpo.testing.launch import MODES, Launcher
 def rows(args: argparse.Namespace) -> list[common.Row]:
     name, shape = next(iter((SMALL if args.small else SHAPES).items()))
     size = "small" if args.small else "cuda" if args.device == "cuda" else "full"
-    runs = [("one", 1)]
-    runs += [(mode, count) for count in map(int, args.processes.split(",")) for mode in MODES]
+    label = f"{name}, {shape.new_tokens} new, {size}"
+    modes = [mode for mode in ("one", *MODES) if mode in args.modes.split(",")]
+    counts = [int(count) for count in args.processes.split(",")]
+    runs = [(m, n) for n in counts for m in modes if m != "one" and shape.prompts % n == 0]
+    runs = [("one", 1)] * ("one" in modes) + runs
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         job = prepare(Path(scratch) / "model", shape, size, args.device)
-        written = _written(job, Path(scratch))
+        written = _written(job, Path(scratch), args.rounds)
         with Launcher(Path(__file__).parent / "distributed_job.py") as launch:
             for mode, processes in runs:
-                if shape.prompts % processes:
-                    continue
                 for kind in args.trainers.split(","):
                     output = Path(scratch) / f"{mode}-{processes}-{kind}"
                     output.mkdir()
                     arguments = (kind, written, output)
                     launch(mode, "measure", *arguments, processes=processes, seconds=900)
-                    found.append(_row(output, name, job, mode, processes, kind))
+                    found.append(_row(output, label, mode, processes, kind))
                     print(common.table(found[-1:]), flush=True)
     return found
 
 
-def _written(job: Job, folder: Path) -> Path:
+def _written(job: Job, folder: Path, rounds: int) -> Path:
     """The job as a file and its pictures."""
     images = []
     for i, row in enumerate(job.rows):
         images.append(str(folder / f"{i}.png"))
         row["images"][0].save(images[-1])
     values = {"folder": str(job.folder), "prompts": [row["prompt"] for row in job.rows]}
-    values |= {"images": images, "generations": job.shape.generations}
-    values |= {"new_tokens": job.shape.new_tokens}
+    values |= {"images": images, "shape": job.shape, "rounds": rounds}
     path = folder / "job.json"
     path.write_text(json.dumps(values))
     return path
 
 
-def _row(output: Path, name: str, job, mode: str, processes: int, kind: str) -> common.Row:
+def _row(output: Path, shape: str, mode: str, processes: int, kind: str) -> common.Row:
     ranks = [json.loads(path.read_text()) for path in output.glob("rank*.json")]
     worst = {figure: max(rank[figure] for rank in ranks) for figure in ranks[0]}
     return common.Row(
         "distributed",
-        f"{name}, {job.shape.new_tokens} new",
+        shape,
         f"{kind}, {mode}, {processes} process{'es' if processes > 1 else ''}",
         worst.pop("ms"),
         peak_mib=worst.pop("peak MiB"),
-        note="reference model, AdamW, every parameter trained",
+        note="one optimizer step, reference model, every parameter trained",
         extra=worst,
     )
 
@@ -72,6 +73,8 @@ def _row(output: Path, name: str, job, mode: str, processes: int, kind: str) -> 
 if __name__ == "__main__":
     common.main(
         rows,
-        processes=dict(default="2,4", help="numbers of processes"),
+        modes=dict(default=",".join(("one", *MODES)), help="which modes"),
+        processes=dict(default="2", help="numbers of processes"),
+        rounds=dict(type=int, default=2, help="steps of each trainer measured"),
         trainers=dict(default="TRL,fastgrpo", help="which trainers"),
     )

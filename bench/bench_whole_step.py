@@ -171,6 +171,21 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def settings(shape: Shape, processes: int = 1) -> dict:
+    """What a trainer of so many processes is told of the shape, beside TRL's defaults."""
+    return dict(
+        per_device_train_batch_size=(
+            shape.prompts * shape.generations // shape.micro_batches // processes
+        ),
+        gradient_accumulation_steps=shape.micro_batches,
+        num_generations=shape.generations,
+        max_completion_length=shape.new_tokens,
+        generation_kwargs={"min_new_tokens": shape.new_tokens},
+        gradient_checkpointing=shape.checkpointing,
+        learning_rate=1e-6,
+    )
+
+
 def variants() -> dict[str, type]:
     from trl import GRPOTrainer
 
@@ -216,13 +231,7 @@ def steps(cls: type, job: Job, output: Path, count: int) -> tuple[list[dict], li
         ],
         callbacks=[Stopwatch()],
         max_steps=1 + count,
-        per_device_train_batch_size=shape.prompts * shape.generations // shape.micro_batches,
-        gradient_accumulation_steps=shape.micro_batches,
-        num_generations=shape.generations,
-        max_completion_length=shape.new_tokens,
-        generation_kwargs={"min_new_tokens": shape.new_tokens},
-        gradient_checkpointing=shape.checkpointing,
-        learning_rate=1e-6,
+        **settings(shape),
         use_cpu=job.device == "cpu",
         bf16=job.device == "cuda",
     )

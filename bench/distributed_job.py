@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from bench_whole_step import Shape, settings
 from PIL import Image
 from transformers import TrainerCallback
 from trl import GRPOTrainer
@@ -27,9 +28,10 @@ TRAINERS = {"TRL": GRPOTrainer, "fastgrpo": FastGRPOTrainer}
 def measure(kind: str, job: str, output: str) -> None:
     """Trains the job of that file and writes this process's row."""
     job = json.loads(Path(job).read_text())
-    rows = [{"prompt": prompt} for prompt in job["prompts"]]
-    for row, path in zip(rows, job["images"], strict=True):
-        row["images"] = [Image.open(path)]
+    rows = [
+        {"prompt": prompt, "images": [Image.open(path)]}
+        for prompt, path in zip(job["prompts"], job["images"], strict=True)
+    ]
     world, rank = (int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", "1"), ("RANK", "0")))
     memory = Memory()
     watch = Stopwatch()
@@ -40,14 +42,8 @@ def measure(kind: str, job: str, output: str) -> None:
         rows=rows,
         callbacks=[watch],
         use_cpu=False,
-        max_steps=3,
-        per_device_train_batch_size=job["generations"],
-        gradient_accumulation_steps=len(rows) // world,
-        num_generations=job["generations"],
-        max_completion_length=job["new_tokens"],
-        generation_kwargs={"min_new_tokens": job["new_tokens"]},
-        learning_rate=1e-6,
-        optim="adamw_torch",
+        max_steps=1 + job["rounds"],
+        **settings(Shape(*job["shape"]), world),
     )
     trainer.train()
     figures = {"ms": statistics.median(watch.seconds[1:]) * 1e3, **memory.figures()}

@@ -149,6 +149,8 @@ def test_sample_longer_than_the_budget_is_named():
         (dict(prompt_ids=torch.tensor([1.0])), "prompt_ids must be a 1-D int64 .*float32"),
         (dict(prompt_ids=[1, 2]), "prompt_ids must be a 1-D int64 tensor, got list"),
         (dict(completions=[ids(1), ids(1).int()]), r"completions\[1\] must be .*int32"),
+        (dict(vision=None), "vision must be a dict of the processor's outputs.*got NoneType"),
+        (dict(completion_vision=[{}, None]), r"completion_vision\[1\] must be a dict"),
         (dict(vision={"pixel_values": [1]}), r"vision\['pixel_values'\] must be a tensor"),
         (dict(advantages=torch.zeros(3)), r"advantages must be .*\(2,\), one per .*\(3,\)"),
         (dict(advantages=[0.0, 1.0]), r"advantages must be a tensor of shape \(2,\) or a list"),

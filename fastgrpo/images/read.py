@@ -186,6 +186,8 @@ def _decoder(file: Path | io.BytesIO, name: str) -> Image.Image:
             return Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageFault("too_many_pixels", f"{name}: {error}") from None
+    except PermissionError as error:
+        raise ImageFault("unreadable", f"{name}: {error.strerror}") from None
     except _BROKEN as error:
         raise ImageFault("not_an_image", f"{name}: {type(error).__name__}: {error}") from None
 

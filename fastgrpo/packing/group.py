@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -165,7 +165,12 @@ def _host_fields(group: Group, function: Callable[[Tensor], Tensor]) -> dict[str
     }
 
 
-def _check_vision(group: Group, what: str, vision: dict) -> None:
+def _check_vision(group: Group, what: str, vision: object) -> None:
+    if not isinstance(vision, Mapping):
+        raise InputError(
+            f"{group.name}: {what} must be a dict of the processor's outputs, {{}} without images, "
+            f"got {type(vision).__name__}"
+        )
     for key, value in vision.items():
         if not isinstance(value, Tensor):
             raise InputError(

@@ -68,25 +68,31 @@ class OneWriter(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         folder = Path(args.output_dir)
-        owners = gather_object([self._other_owner(folder) if args.should_save else None])
-        owner = next(filter(None, owners), None)
-        if owner is not None:
+        found = gather_object([self._take(folder) if args.should_save else (None, None)])
+        fault, owner = next(filter(any, found), (None, None))
+        if fault or owner:
             self.release()
+        if fault:
+            raise InputError(f"output_dir: {folder} cannot be written: {fault}")
+        if owner:
             raise InputError(
                 f"output_dir: {folder} is being written by {owner}; give each run its own"
             )
 
-    def _other_owner(self, folder: Path) -> str | None:
-        """Takes the folder; who has it already, if anybody."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / LOCK).open("a+")
+    def _take(self, folder: Path) -> tuple[str | None, str | None]:
+        """Takes the folder; the system's reason against it, and who has it already, if anybody."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / LOCK).open("a+")
+        except OSError as error:
+            return error.strerror, None
         owner = _owner(self._file)
         if owner is not None:
-            return owner
+            return None, owner
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()}")
         self._file.flush()
-        return None
+        return None, None
 
     def release(self) -> None:
         """Gives the folder back."""

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
@@ -21,15 +21,36 @@ def load_renamed(model: nn.Module, checkpoint: str | Path) -> bool:
     transformers 5 saves Qwen-VL models under their first names ("visual.*"), and its Trainer
     resumes with `load_state_dict(strict=False)`, which then loads nothing and says so in a warning
     only. False if the names agree or the model is wrapped or sharded: the Trainer's own way, which
-    reads FSDP's or DeepSpeed's files, is right then.
+    reads FSDP's or DeepSpeed's files, is right then. `InputError` where the checkpoint is of
+    another model, which that warning would pass too.
     """
     if not isinstance(model, PreTrainedModel) or fsdp2_units(model) or is_zero3(model):
         return False
-    if stored_names(checkpoint) <= set(model.state_dict()):
+    stored, own = stored_names(checkpoint), model.state_dict()
+    for name in model._keys_to_ignore_on_save or ():
+        own.pop(name, None)
+    if stored <= set(own):
+        if stored:
+            _check_names(own, stored, checkpoint)
         return False
-    loaded = type(model).from_pretrained(checkpoint, dtype=model.dtype)
-    model.load_state_dict(loaded.state_dict())
+    loaded = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
+    _check_names(own, set(loaded), checkpoint)
+    model.load_state_dict(loaded)
     return True
+
+
+def _check_names(own: dict[str, Tensor], stored: set[str], checkpoint: str | Path) -> None:
+    """Raises `InputError` unless the stored parameters are the model's own; a tied one counts under
+    any of its names."""
+    held = {own[name].data_ptr() for name in stored & set(own)}
+    absent = [name for name in own if name not in stored and own[name].data_ptr() not in held]
+    foreign = sorted(stored - set(own))
+    if absent or foreign:
+        what = f"lacks {absent[0]}" if absent else f"has {foreign[0]}, which this model has not"
+        raise InputError(
+            f"resume_from_checkpoint: {checkpoint} is of another model: it {what} "
+            f"({len(absent) + len(foreign)} such parameters)"
+        )
 
 
 def stored_names(checkpoint: str | Path) -> set[str]:

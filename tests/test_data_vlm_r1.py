@@ -146,6 +146,9 @@ BAD_ROWS = {
     "not_an_image twenty bytes": good_row(image="short.png"),
     "not_an_image svg": good_row(image="drawing.svg"),
     "too_many_pixels png": good_row(image="bomb.png"),
+    "too_many_pixels 81 million": good_row(image="bomb_9000.png"),
+    "too_many_pixels 169 million": good_row(image="bomb_13000.png"),
+    "too_many_pixels 196 million": good_row(image="bomb_14000.png"),
     "too_many_pixels gif": good_row(image="bomb.gif"),
     "aspect_ratio": good_row(image="thin.png"),
 }
@@ -165,6 +168,8 @@ def hostile(folder):
     (folder / "short.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 12)
     (folder / "drawing.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     (folder / "bomb.png").write_bytes(png_bomb(30_000, 30_000))
+    for side in (9_000, 13_000, 14_000):
+        (folder / f"bomb_{side}.png").write_bytes(png_bomb(side, side))
     Image.new("P", (5, 5)).save(folder / "bomb.gif")
     gif = (folder / "bomb.gif").read_bytes()
     (folder / "bomb.gif").write_bytes(gif[:6] + struct.pack("<HH", 65535, 65535) + gif[10:])

@@ -3,6 +3,9 @@
 
 import base64
 import io
+import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,6 +128,41 @@ def test_a_fault_is_named(folder, monkeypatch, case):
         assert "remote address" in str(caught.value)
 
 
+def test_bits_that_flip_give_an_image_or_a_named_fault(tmp_path):
+    """One in a thousand bits of a picture, a hundred times."""
+    rng, names = np.random.default_rng(0), set()
+    noise = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    for trial in range(100):
+        buffer = io.BytesIO()
+        Image.fromarray(noise).save(buffer, format=("PNG", "JPEG", "WEBP", "GIF")[trial % 4])
+        bits = np.unpackbits(np.frombuffer(buffer.getvalue(), np.uint8))
+        bits[rng.random(bits.size) < 1e-3] ^= 1
+        try:
+            image = load_image(np.packbits(bits).tobytes(), max_pixels=10_000)
+            assert image.mode == "RGB"
+            names.add("an image")
+        except ImageFault as fault:
+            names.add(fault.reason)
+    assert {"an image", "broken"} <= names
+
+
+def test_a_file_that_may_not_be_read_is_named():
+    before = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.png")
+        path.write_bytes(png())
+        path.chmod(0)
+        Path(folder).chmod(0o755)
+        try:
+            if before == 0:  # who may read anything
+                os.seteuid(65534)
+            with pytest.raises(ImageFault, match="Permission") as caught:
+                load_image(path)
+        finally:
+            os.seteuid(before)
+    assert caught.value.reason == "unreadable"
+
+
 def test_a_name_is_not_an_address_for_its_colon(folder):
     assert resolve_inside(folder.resolve(), "cam:1.png") == (folder / "cam:1.png").resolve()
     (folder / "http:").mkdir()
@@ -180,6 +218,7 @@ MODES = {
     "CMYK": ((0, 0, 0, 255), (0, 0, 0)),
     "1": (1, (255, 255, 255)),
     "I;16": (257 * 100, (100, 100, 100)),
+    "I;16 in TIFF": (257 * 100, (100, 100, 100)),
     "I": (257 * 100, (100, 100, 100)),
     "F": (0.5, (128, 128, 128)),
 }
@@ -188,7 +227,8 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_becomes_rgb(tmp_path, mode):
     colour, expected = MODES[mode]
-    path = tmp_path / ("x.tiff" if mode in ("CMYK", "F", "I") else "x.png")
+    mode, *tiff = mode.split()
+    path = tmp_path / ("x.tiff" if tiff or mode in ("CMYK", "F", "I") else "x.png")
     Image.new(mode, (4, 3), colour).save(path)
     image = load_image(path)
     assert (image.mode, image.size) == ("RGB", (4, 3))

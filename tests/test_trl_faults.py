@@ -2,7 +2,10 @@
 """Saves that fail and checkpoints that were touched: what a run does with them."""
 
 import contextlib
+import errno
 import io
+import json
+import logging
 import os
 import pickle
 import resource
@@ -18,6 +21,7 @@ pytest.importorskip("trl")
 from fastgrpo.checkpoints import newest_complete, write_manifest  # noqa: E402
 from fastgrpo.errors import InputError  # noqa: E402
 from fastgrpo.integrations.trl import FastGRPOTrainer  # noqa: E402
+from fastgrpo.testing.models import tiny_model  # noqa: E402
 from fastgrpo.testing.trl import build_trainer, save_checkpoint  # noqa: E402
 
 
@@ -130,6 +134,66 @@ def test_another_model_is_refused(saved, tmp_path):
     other = save_checkpoint(tmp_path / "model", "qwen2_vl")
     with pytest.raises(RuntimeError, match="mismatched_sizes"):
         trained(other, tmp_path / "run", resume=str(saved / "checkpoint-1"), max_steps=2)
+
+
+@pytest.mark.parametrize("family", ("qwen2_5_vl", "qwen3"))  # stored under other names; the same
+@pytest.mark.parametrize(("layers", "wrong"), ((1, "has"), (3, "lacks")))
+def test_a_model_of_more_or_fewer_layers_is_refused(tmp_path, family, layers, wrong):
+    rows = [{"prompt": [{"role": "user", "content": f"find {i}"}]} for i in range(8)]
+    first = save_checkpoint(tmp_path / "model", family)
+    trained(first, tmp_path / "run", max_steps=1, rows=rows)
+    model = tiny_model(family, text={"num_hidden_layers": layers})
+    shutil.copytree(first, tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
+    resume = str(tmp_path / "run" / "checkpoint-1")
+    with pytest.raises(InputError, match=f"checkpoint-1 is of another model: it {wrong} .*layers"):
+        trained(tmp_path / "other", tmp_path / "next", resume=resume, rows=rows)
+
+
+def test_another_version_of_transformers_goes_on_and_is_named(
+    checkpoint, saved, tmp_path, caplog, monkeypatch
+):
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(saved / "checkpoint-1", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "5.17.0"}))
+    write_manifest(folder)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    again = trained(checkpoint, tmp_path / "again", resume=str(folder))
+    assert "trained with 5.17.0" in caplog.text
+    whole = torch.load(saved / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+    ours = again.optimizer.state_dict()["state"]
+    assert all(torch.equal(ours[i]["exp_avg"], whole[i]["exp_avg"]) for i in whole)
+
+
+def test_a_quota_that_ends_leaves_whole_checkpoints_only(checkpoint, saved, tmp_path, monkeypatch):
+    """Network file systems report it when a file is synced."""
+    output = tmp_path / "run"
+    shutil.copytree(saved, output)
+    shutil.rmtree(output / "checkpoint-2")
+    with monkeypatch.context() as patch:
+        full = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(full))
+        with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)):
+            trained(checkpoint, output, resume=str(output / "checkpoint-1"))
+    assert newest_complete(output) == (output / "checkpoint-1", [])
+    trained(checkpoint, output, resume=True)
+    assert newest_complete(output)[0] == output / "checkpoint-2"
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run_before_it_trains(checkpoint, tmp_path):
+    trainer = build_trainer(FastGRPOTrainer, checkpoint, tmp_path / "run", max_steps=1)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run").chmod(0o500)
+    before = os.geteuid()
+    try:
+        if before == 0:  # who may write anywhere
+            os.seteuid(65534)
+        with pytest.raises(InputError, match="output_dir: .*run cannot be written: Permission"):
+            trainer.train()
+    finally:
+        os.seteuid(before)
+    assert trainer.state.global_step == 0
 
 
 def test_an_interrupted_run_goes_on_in_the_same_process(checkpoint, tmp_path):

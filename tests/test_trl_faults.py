@@ -5,7 +5,6 @@ import contextlib
 import errno
 import io
 import json
-import logging
 import os
 import pickle
 import resource
@@ -137,7 +136,7 @@ def test_another_model_is_refused(saved, tmp_path):
 
 
 @pytest.mark.parametrize("family", ("qwen2_5_vl", "qwen3"))  # stored under other names; the same
-@pytest.mark.parametrize(("layers", "wrong"), ((1, "has"), (3, "lacks")))
+@pytest.mark.parametrize(("layers", "wrong"), ((1, "has"), (5, "lacks")))
 def test_a_model_of_more_or_fewer_layers_is_refused(tmp_path, family, layers, wrong):
     rows = [{"prompt": [{"role": "user", "content": f"find {i}"}]} for i in range(8)]
     first = save_checkpoint(tmp_path / "model", family)
@@ -150,17 +149,14 @@ def test_a_model_of_more_or_fewer_layers_is_refused(tmp_path, family, layers, wr
         trained(tmp_path / "other", tmp_path / "next", resume=resume, rows=rows)
 
 
-def test_another_version_of_transformers_goes_on_and_is_named(
-    checkpoint, saved, tmp_path, caplog, monkeypatch
-):
+def test_another_version_of_transformers_goes_on_and_is_named(checkpoint, saved, tmp_path, caplog):
     folder = tmp_path / "checkpoint-1"
     shutil.copytree(saved / "checkpoint-1", folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "5.17.0"}))
     write_manifest(folder)
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     again = trained(checkpoint, tmp_path / "again", resume=str(folder))
-    assert "trained with 5.17.0" in caplog.text
+    assert "written by transformers 5.17.0" in caplog.text
     whole = torch.load(saved / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
     ours = again.optimizer.state_dict()["state"]
     assert all(torch.equal(ours[i]["exp_avg"], whole[i]["exp_avg"]) for i in whole)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a process of a run that is killed does; `fastgrpo.testing.launch` starts it.
 
-The run samples, and saves in epochs of four steps. It leaves empty files in its folder: `done-N`
-once N steps are done, `saved-N` once that step is saved.
+Two epochs of three steps, sampled, saved every two steps. A run leaves empty files in its folder:
+`done-N` once N steps are done, `saved-N` once that step is saved.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from fastgrpo.integrations.trl import FastGRPOTrainer
 
 SAVING = {
     "optim": "adamw_torch",
-    "max_steps": 8,
+    "max_steps": 6,
+    "num_rows": 6,
     "save_strategy": "steps",
     "save_steps": 2,
     "samples": True,
+    "fast": {"self_check": False},
 }
 CASES = {
     "moving_reference": {
@@ -36,7 +38,6 @@ CASES = {
     "several_steps_a_generation": {"steps_per_generation": 2, "num_iterations": 2},
     "every_step_saved": {"save_steps": 1, "save_total_limit": 2},
     "evaluated": {
-        "max_steps": 6,
         "eval_rows": 2,
         "eval_strategy": "steps",
         "eval_steps": 1,

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
+import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,6 +15,8 @@ from trl import GRPOTrainer
 
 from fastgrpo.engine.parallel import fsdp2_units, is_zero3
 from fastgrpo.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def load_renamed(model: nn.Module, checkpoint: str | Path) -> bool:
@@ -33,6 +37,14 @@ def load_renamed(model: nn.Module, checkpoint: str | Path) -> bool:
         if stored:
             _check_names(own, stored, checkpoint)
         return False
+    written = json.loads(Path(checkpoint, "config.json").read_text()).get("transformers_version")
+    if written != transformers.__version__:  # the Trainer's own way warns of it
+        logger.warning(
+            "%s was written by transformers %s, this is %s",
+            checkpoint,
+            written,
+            transformers.__version__,
+        )
     loaded = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
     _check_names(own, set(loaded), checkpoint)
     model.load_state_dict(loaded)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recurrent layers over a packed row: both routes are exact, and a layer that leaves is seen."""
+"""Recurrent layers over a packed row: every route is exact, and a layer that leaves is seen."""
 
 import sys
 
@@ -9,6 +9,7 @@ import torch
 import fastgrpo as fg
 from fastgrpo import models, recurrence
 from fastgrpo.recurrence import branches
+from fastgrpo.recurrence.convolution import depthwise
 from fastgrpo.testing import models as tm
 
 pytestmark = pytest.mark.engine
@@ -41,9 +42,7 @@ def errors(case, **options):
     return error, tm.grad_error(tm.take_grads(model), want_grads)[0]
 
 
-@pytest.mark.parametrize("route", ("fork", "rescan"))
-def test_both_routes_are_exact(case, route, monkeypatch):
-    monkeypatch.setattr(branches.Branches, "route", lambda self, rule, on: route)
+def test_chunks_are_exact(case):
     assert max(errors(case)) <= 1e-12
     assert max(errors(case, max_tokens=150)) <= 1e-12
 
@@ -104,7 +103,7 @@ def test_rescan_only_where_a_kernel_serves_and_little_is_repeated():
     assert not branches.has_kernel(lambda: None)
     gpu = type("OnGpu", (), {"is_cuda": True})()
     assert table.route(seam(True), gpu) == "rescan"
-    assert table.route(seam(False), gpu) == "fork"
+    assert table.route(seam(False), gpu) == "chunks"
     table.repeated = branches.RESCAN_TOKENS
     assert table.route(seam(True), gpu) == "fork"
 
@@ -141,3 +140,18 @@ def test_checkpointed_hybrid(reentrant):
     ours = [s.logp for s in fg.score(model, groups)]
     tm.weighted_sum(ours, tm.random_weights(groups)).backward()
     assert tm.grad_error(tm.take_grads(model), want[1])[0] <= 2e-5
+
+
+@pytest.mark.parametrize("tokens, channels, taps", [(9, 5, 4), (4, 1, 4), (7, 3, 1)])
+def test_depthwise_is_the_convolution(tokens, channels, taps):
+    generator = torch.Generator().manual_seed(0)
+    row, weight, dout = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((tokens, channels), (channels, taps), (tokens - taps + 1, channels))
+    )
+    want = torch.nn.functional.conv1d(row.T[None], weight[:, None], groups=channels)[0].T
+    got = depthwise(row, weight)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    grads = (torch.autograd.grad(x, (row, weight), dout) for x in (got, want))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgrpo.recurrence.convolution import depthwise
+from fastgrpo.recurrence.gated_delta_rule import Chunks, gated_delta_rule
+
 # A second call costs host time, running a prompt again costs the device: below this many repeated
 # tokens one call over whole sequences is taken. tree-recurrence 0.1.1 measures about 10 ms a call
 # against 0.2 us a token; not measured by us.
@@ -27,34 +30,22 @@ RESCAN_TOKENS = 50_000
 class Sequences:
     """Some sequences of packed tokens, each run from its own initial state in one call."""
 
-    def __init__(self, rows: Sequence[np.ndarray], total: int, device: torch.device):
-        lengths = np.array([len(row) for row in rows])
-        table = np.full((len(rows), lengths.max()), total)
-        valid = np.arange(lengths.max()) < lengths[:, None]
-        table[valid] = np.concatenate(rows)
-        self.padded = torch.from_numpy(table).to(device)  # (n, longest)
-        self.valid = torch.from_numpy(np.flatnonzero(valid)).to(device)  # (M,)
+    def __init__(self, rows: Sequence[np.ndarray], device: torch.device):
+        bounds = np.cumsum([0, *map(len, rows)])
         self.tokens = torch.from_numpy(np.concatenate(rows)).to(device)  # (M,)
-        self.bounds = torch.from_numpy(np.r_[0, np.cumsum(lengths)]).to(device)  # (n + 1,)
+        self.bounds = torch.from_numpy(bounds).to(device)  # (n + 1,)
 
     def run(self, rule, inputs: Sequence[Tensor], state: Tensor | None, final: bool, **options):
         """(M, H, V) outputs and, with `final`, (n, H, K, V) states; `inputs` are (1, T, ...)."""
-        if takes_bounds(rule, inputs[0]):
-            q, k, v, g, beta = (x.index_select(1, self.tokens) for x in inputs)
-            options["cu_seqlens"] = self.bounds
-        else:
-            # A step with k = v = beta = g = 0 leaves the state as it is.
-            q, k, v, g, beta = (_with_zero_row(x[0])[self.padded] for x in inputs)
-        out, last = rule(
-            q, k, v, g=g, beta=beta, initial_state=state, output_final_state=final, **options
-        )
-        if "cu_seqlens" in options:
-            return out[0], last
-        return out.flatten(0, 1).index_select(0, self.valid), last
+        q, k, v, g, beta = (x.index_select(1, self.tokens) for x in inputs)
+        options |= dict(initial_state=state, output_final_state=final, cu_seqlens=self.bounds)
+        out, last = rule(q, k, v, g=g, beta=beta, **options)
+        return out[0], last
 
 
 class Branches:
-    """The sequences of a GroupLayout, as two calls (fork) or as one over whole sequences (rescan).
+    """The sequences of a GroupLayout, for a kernel as two calls (fork) or as one over whole
+    sequences (rescan); without a kernel in chunks.
 
     fork: the prompts, then the completions from their prompts' states. rescan: each completion with
     its prompt in front; a prompt's outputs are those of its first sequence.
@@ -70,6 +61,7 @@ class Branches:
         self.repeated = int((prefix_end - prefix)[self.is_branch].sum())
         self._convolutions: dict[int, tuple[Tensor, Tensor]] = {}
         self._calls: dict[str, tuple] = {}
+        self._chunks: Chunks | None = None
 
     def convolution(self, width: int) -> tuple[Tensor, Tensor]:
         """Tokens of a row with the W - 1 that precede it before each segment; where its own are."""
@@ -96,8 +88,8 @@ class Branches:
             branches = [r for r, kept in zip(ranges, self.is_branch, strict=True) if kept]
             order = np.argsort(np.concatenate(prompts + branches))
             self._calls["fork"] = (
-                Sequences(prompts, self.total, self.device),
-                Sequences(branches, self.total, self.device) if branches else None,
+                Sequences(prompts, self.device),
+                Sequences(branches, self.device) if branches else None,
                 torch.from_numpy(self.owner).to(self.device),
                 torch.from_numpy(order).to(self.device),
             )
@@ -115,15 +107,22 @@ class Branches:
                     rows.append(np.arange(start, end))
             _, first = np.unique(np.concatenate(rows), return_index=True)
             self._calls["rescan"] = (
-                Sequences(rows, self.total, self.device),
+                Sequences(rows, self.device),
                 torch.from_numpy(first).to(self.device),
             )
         return self._calls["rescan"]
 
+    def chunks(self) -> Chunks:
+        if self._chunks is None:
+            self._chunks = Chunks(self.segments, self.device)
+        return self._chunks
+
     def route(self, rule, on: Tensor) -> str:
-        """ "rescan" where repeating the prompts costs less than a second call, else "fork"."""
-        one_call = takes_bounds(rule, on) and self.repeated < RESCAN_TOKENS
-        return "rescan" if one_call else "fork"
+        """ "chunks" without a kernel; with one "rescan" where repeating the prompts costs less than
+        a second call, else "fork"."""
+        if not takes_bounds(rule, on):
+            return "chunks"
+        return "rescan" if self.repeated < RESCAN_TOKENS else "fork"
 
 
 def branches(layout, device: torch.device) -> Branches:
@@ -140,14 +139,33 @@ def convolve(original, mixed: Tensor, weight: Tensor, bias, activation, layout) 
     any implementation serves.
     """
     source, own = branches(layout, mixed.device).convolution(weight.shape[-1])
+    if mixed.is_cpu:
+        return _shifted(mixed, weight, bias, activation, source, own)
     row = F.pad(mixed, (0, 1)).index_select(2, source)
     return original(row, weight, bias, activation=activation).index_select(2, own)
+
+
+def _shifted(mixed: Tensor, weight: Tensor, bias, activation, source, own) -> Tensor:
+    """The same with tokens in rows, as the mixers have them before and after."""
+    from transformers.activations import ACT2FN
+
+    compute = torch.promote_types(weight.dtype, torch.float32)
+    row = _with_zero_row(mixed[0].T.to(compute)).index_select(0, source)
+    out = depthwise(row, weight.to(compute)).index_select(0, own - weight.shape[-1] + 1)
+    if bias is not None:
+        out = out + bias
+    if activation is not None:
+        out = ACT2FN[activation](out)
+    return out.to(mixed.dtype).T[None]
 
 
 def delta_rule(rule, inputs: Sequence[Tensor], layout, **options) -> Tensor:
     """(1, T, H, V) gated delta rule; `inputs` are query, key, value, g and beta, (1, T, ...)."""
     table = branches(layout, inputs[0].device)
-    if table.route(rule, inputs[0]) == "rescan":
+    route = table.route(rule, inputs[0])
+    if route == "chunks":
+        return _in_chunks(inputs, table, **options)[0]
+    if route == "rescan":
         sequences, first = table.rescan()
         out, _ = sequences.run(rule, inputs, None, False, **options)
         return out.index_select(0, first)[None]
@@ -161,9 +179,26 @@ def delta_rule(rule, inputs: Sequence[Tensor], layout, **options) -> Tensor:
 
 def prompt_states(rule, inputs: Sequence[Tensor], layout, **options) -> tuple[Tensor, Tensor]:
     """Outputs as `delta_rule` and (P, H, K, V) final states of a row that holds prompts alone."""
-    prompts, _, _, order = branches(layout, inputs[0].device).fork()
+    table = branches(layout, inputs[0].device)
+    if table.route(rule, inputs[0]) == "chunks":
+        return _in_chunks(inputs, table, **options)
+    prompts, _, _, order = table.fork()
     out, state = prompts.run(rule, inputs, None, True, **options)
     return out.index_select(0, order)[None], state
+
+
+def _in_chunks(
+    inputs: Sequence[Tensor], table: Branches, *, use_qk_l2norm_in_kernel: bool
+) -> tuple[Tensor, Tensor]:
+    """What a kernel gives, in float32 as they compute: outputs, and the prompts' last states."""
+    dtype = inputs[0].dtype
+    compute = torch.promote_types(dtype, torch.float32)
+    q, k, v, g, beta = (x[0].to(compute) for x in inputs)
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    q = q * q.shape[-1] ** -0.5
+    out, states = gated_delta_rule(q, k, v, g, beta, table.chunks())
+    return out.to(dtype)[None], states
 
 
 def last_inputs(mixed: Tensor, width: int, layout) -> Tensor:

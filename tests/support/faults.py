@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ways to get a packed row wrong. Each is a function of pytest's monkeypatch."""
 
+import copy
+
 import torch
 
 from fastgrpo.packing.layout import GroupLayout
 from fastgrpo.packing.row import PackedRow
-from fastgrpo.recurrence import branches
+from fastgrpo.recurrence import branches, gated_delta_rule
 
 
 def one_causal_row(patch):
@@ -46,24 +48,32 @@ def window_forgotten(patch):
     patch.setattr(GroupLayout, "dense_mask", lambda layout, window=None: mask(layout, None))
 
 
-def _run_with(patch, change):
-    run = branches.Sequences.run
-
-    def changed(self, rule, inputs, state, *args, **kwargs):
-        state = None if state is None else change(state)
-        return run(self, rule, inputs, state, *args, **kwargs)
-
-    patch.setattr(branches.Sequences, "run", changed)
+def _orphaned(chunks):
+    """The same chunks, none of a completion going on from its prompt's last."""
+    other = copy.copy(chunks)
+    other.parents = chunks.parents.masked_fill(
+        torch.isin(chunks.parents, chunks.last), chunks.count
+    )
+    other.levels = [
+        level._replace(parents=other.parents[level.start : level.end]) for level in chunks.levels
+    ]
+    return other
 
 
 def state_zeroed(patch):
     """Completions start from nothing."""
-    _run_with(patch, torch.zeros_like)
+    chunks = branches.Branches.chunks
+    patch.setattr(branches.Branches, "chunks", lambda self: _orphaned(chunks(self)))
 
 
 def state_gradient_cut(patch):
     """Completions start from their prompt's state, which learns nothing from them."""
-    _run_with(patch, torch.Tensor.detach)
+    scan = gated_delta_rule._scan_backward
+    patch.setattr(
+        gated_delta_rule,
+        "_scan_backward",
+        lambda *given: scan(*given[:-1], _orphaned(given[-1])),
+    )
 
 
 def convolution_leaks(patch):

@@ -81,8 +81,8 @@ sanitize: env
 bench: env
 	$(BIN)/fastgrpo bench --save
 
-# What each family's tests showed, on the oldest transformers and on today's. RESULTS keeps them by
-# family: a run that was cut goes on. What fails is in the table.
+# What each family's tests showed, on the oldest transformers and on today's. RESULTS keeps them: a
+# run that was cut goes on. What fails is in the table.
 RESULTS ?= build/families
 families: env .venv-$(OLDEST)/.ready
 	-.venv-$(OLDEST)/bin/python docs/families.py run $(RESULTS)

@@ -4,15 +4,14 @@
     python docs/families.py run RESULTS [FAMILY ...]  # on the transformers installed here
     python docs/families.py table RESULTS > docs/families.md
 
-`run` keeps a file a family, RESULTS/VERSION/FAMILY.json, and leaves out the families that have one:
-a run that was cut goes on where it was.
+`run` keeps what each case showed in RESULTS/VERSION/FAMILY.json and leaves out what passed there: a
+run that was cut goes on where it was.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -73,11 +72,15 @@ the family itself) is not there beside that transformers, or it was left out.
 
 
 class Keeper:
-    """A pytest plugin: runs what is in `SHOWN` family by family, and keeps the results of each."""
+    """A pytest plugin: runs what is in `SHOWN` family by family and keeps each case's result; of
+    those that are kept, the ones that failed run again."""
 
     def __init__(self, folder: Path, names: set[str]):
-        self.folder, self.cases = folder, {}
-        self.names = {name for name in names if not self.path(name).exists()}
+        self.folder, self.running = folder, {}
+        self.cases = {
+            name: json.loads(self.path(name).read_text()) if self.path(name).exists() else {}
+            for name in names
+        }
 
     def path(self, family: str) -> Path:
         return self.folder / f"{family}.json"
@@ -89,25 +92,23 @@ class Keeper:
             for item in items
             if item.originalname in SHOWN and "family" in item.callspec.params
         }
-        chosen = [item for item in items if self.family.get(item.nodeid) in self.names]
-        items[:] = sorted(chosen, key=lambda item: self.family[item.nodeid])
-        self.left = Counter(self.family[item.nodeid] for item in items)
+        items[:] = filter(self.is_left, items)
+        items.sort(key=lambda item: self.family[item.nodeid])
+
+    def is_left(self, item) -> bool:
+        known = self.cases.get(self.family.get(item.nodeid))
+        return known is not None and known.get(item.nodeid, {}).get("outcome") in (None, "failed")
 
     def pytest_runtest_logreport(self, report):
-        case = self.cases.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
+        case = self.running.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
         case["seconds"] = round(case["seconds"] + report.duration, 2)
         case |= dict(report.user_properties)
         if report.outcome != "passed":
             case["outcome"] = report.outcome
         if report.when == "teardown":
-            self.keep(self.family[report.nodeid])
-
-    def keep(self, family: str):
-        """When the last test of a family has run."""
-        self.left[family] -= 1
-        if not self.left[family]:
-            found = {n: case for n, case in self.cases.items() if self.family[n] == family}
-            self.path(family).write_text(json.dumps(found, indent=1) + "\n")
+            family = self.family[report.nodeid]
+            self.cases[family][report.nodeid] = case
+            self.path(family).write_text(json.dumps(self.cases[family], indent=1) + "\n")
 
 
 def run(results: Path, names: list[str]) -> int:

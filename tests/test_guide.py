@@ -184,29 +184,36 @@ def test_the_table_of_families_says_what_the_results_say(tmp_path):
     assert llama["videos"] == "–" and rows["qwen3_vl"]["videos"] == "not run"
 
 
-def test_results_of_a_family_are_kept_when_its_last_test_has_run(tmp_path):
+def test_results_are_kept_and_what_passed_is_left_out(tmp_path):
     page = load("families")
-    (tmp_path / "qwen3.json").write_text("{}")
-    names = [("test_values", "llama"), ("test_values", "qwen3"), ("test_errors", "llama")]
-    items = [
-        SimpleNamespace(
-            nodeid=f"t.py::{test}[{family}]", originalname=test,
-            callspec=SimpleNamespace(params={"family": family}),
-        )
-        for test, family in names
-    ]  # fmt: skip
-    keeper = page.Keeper(tmp_path, {"llama", "qwen3"})
-    keeper.pytest_collection_modifyitems(items)
-    left = [item.nodeid for item in items]
-    assert left == ["t.py::test_values[llama]", "t.py::test_errors[llama]"]
-    for item, outcome in zip(items, ("passed", "failed"), strict=True):
-        assert not (tmp_path / "llama.json").exists()
-        for when in ("setup", "call", "teardown"):
-            keeper.pytest_runtest_logreport(
-                SimpleNamespace(
-                    nodeid=item.nodeid, duration=0.5, when=when, user_properties=[("worst", 1e-9)],
-                    outcome=outcome if when == "call" else "passed",
+    passed = {"t.py::test_values[qwen3]": {"outcome": "passed"}}
+    (tmp_path / "qwen3.json").write_text(json.dumps(passed))
+    names = [("test_values", "qwen3"), ("test_values", "llama"), ("test_x", "llama")]
+    names += [("test_errors", "qwen3"), ("test_errors", "llama"), ("test_errors", "mistral")]
+
+    def item(test, family):
+        spec = SimpleNamespace(params={"family": family})
+        return SimpleNamespace(nodeid=f"t.py::{test}[{family}]", originalname=test, callspec=spec)
+
+    def run(outcomes):
+        keeper = page.Keeper(tmp_path, {"llama", "qwen3"})
+        keeper.pytest_collection_modifyitems(items := [item(*name) for name in names])
+        for each, outcome in zip(items, outcomes, strict=True):
+            for when in ("setup", "call", "teardown"):
+                called = outcome if when == "call" else "passed"
+                report = dict(nodeid=each.nodeid, duration=0.5, when=when, outcome=called)
+                keeper.pytest_runtest_logreport(
+                    SimpleNamespace(**report, user_properties=[("worst", 1e-9)])
                 )
-            )  # fmt: skip
+        return [each.nodeid.removeprefix("t.py::test_") for each in items]
+
+    assert run(["passed", "failed", "passed"]) == [
+        "values[llama]",
+        "errors[llama]",
+        "errors[qwen3]",
+    ]
     kept = json.loads((tmp_path / "llama.json").read_text())
-    assert kept[left[1]] == {"outcome": "failed", "seconds": 1.5, "worst": 1e-9}
+    assert kept["t.py::test_errors[llama]"] == {"outcome": "failed", "seconds": 1.5, "worst": 1e-9}
+    assert run(["skipped"]) == ["errors[llama]"]  # once more
+    assert run([]) == []
+    assert passed.items() <= json.loads((tmp_path / "qwen3.json").read_text()).items()

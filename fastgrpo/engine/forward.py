@@ -87,7 +87,9 @@ def row_images(adapter: Adapter, row: PackedRow, store: FeatureStore):
             yield inputs
         return
     wanted = row.images.by_kind(row.image_ids)
-    if store.missing(row.image_ids) == row.image_ids and store.keep.isdisjoint(row.image_ids):
+    alone = any(row.images.company(adapter.config, ids) for ids in wanted.values())
+    unshared = store.missing(row.image_ids) == row.image_ids
+    if unshared and store.keep.isdisjoint(row.image_ids) and not alone:
         inputs: dict[str, Tensor] = {}
         for ids in wanted.values():
             inputs |= row.images.inputs(ids, adapter.device)

@@ -171,6 +171,10 @@ class Family:
         """The tower's inputs for these images, or videos: what was split, together."""
         return {key: torch.cat([image[key] for image in images]) for key in images[0]}
 
+    def company(self, config, images: Sequence[Vision]) -> list[Vision]:
+        """What is encoded beside these images, where the model's own code fails on so few."""
+        return []
+
     def split_rows(
         self, fields: Mapping[str, Any], num_images: Sequence[int] | None, num_rows: int
     ) -> list[Vision]:

@@ -49,7 +49,7 @@ class Gemma4Text(Gemma3Text):
             "global_head_dim": 16,
             "sliding_window": 8,
             "num_kv_shared_layers": 2,
-            "hidden_size_per_layer_input": 4,
+            "hidden_size_per_layer_input": 16,  # the norm of 4 numbers multiplies rounding by 20
             "vocab_size_per_layer_input": text["vocab_size"],
             "final_logit_softcapping": 6.0,
             "use_bidirectional_attention": "vision",

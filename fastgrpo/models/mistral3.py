@@ -52,9 +52,14 @@ class Mistral3(Tiles):
         ]
         return {"pixel_values": torch.cat(pixels), "image_sizes": sizes}
 
+    def company(self, config, images: Sequence[Vision]) -> list[Vision]:
+        """Of a picture of one token, itself: transformers squeezes the features of a batch with
+        one, (1, D) to (D,), and then fails to split them."""
+        alone = len(images) == 1 and self.image_tokens(images[0], config) == 1
+        return list(images) if alone else []
+
     def blank_image(self, config, size: tuple[int, int] | None = None) -> Vision:
-        """`size`: rows and columns of patches. The smallest has two tokens: transformers squeezes
-        the features of a batch with one, (1, D) to (D,), and then fails to split them."""
+        """`size`: rows and columns of patches. The smallest has two tokens, see `company`."""
         merge, patch = config.spatial_merge_size, config.vision_config.patch_size
         height, width = size or (merge, 2 * merge)
         pixels = torch.zeros(1, config.vision_config.num_channels, height * patch, width * patch)

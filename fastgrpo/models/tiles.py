@@ -65,10 +65,17 @@ class Tiles(Family):
         self, config, prompts: Sequence[Sequence[int]], vision: Vision, num_images: Sequence[int]
     ) -> list[int]:
         """Tiles, where there are more of them than images: as many as the prompt has room for."""
-        if not vision or len(vision["pixel_values"]) == sum(num_images):
+        images = self.split_images(vision) if vision else []
+        units = [self.image_tokens(unit, config) for unit in images]
+        if len(units) == sum(num_images):
             return list(num_images)
-        tile = self.image_tokens({}, config)
-        return [list(ids).count(config.image_token_id) // tile for ids in prompts]
+        counts, left = [], iter(units)
+        for ids in prompts:
+            room, count = list(ids).count(config.image_token_id), 0
+            while room > 0 and (tokens := next(left, 0)):
+                room, count = room - tokens, count + 1
+            counts.append(count)
+        return counts
 
     def blank_image(self, config, size: tuple[int, int] | None = None) -> Vision:
         side = config.vision_config.image_size

@@ -47,10 +47,15 @@ class Images:
             kinds.setdefault(self.family.kind_of(self.distinct[i]), []).append(i)
         return kinds
 
-    def inputs(self, ids: Sequence[int], device: torch.device) -> Vision:
-        """The vision tower's inputs for these images, or these videos."""
-        joined = self.family.join_images([self.distinct[i] for i in ids])
+    def inputs(
+        self, ids: Sequence[int], device: torch.device, company: Sequence[Vision] = ()
+    ) -> Vision:
+        """The vision tower's inputs for these images, or these videos, and for `company`."""
+        joined = self.family.join_images([*(self.distinct[i] for i in ids), *company])
         return {name: value.to(device) for name, value in joined.items()}
+
+    def company(self, config, ids: Sequence[int]) -> list[Vision]:
+        return self.family.company(config, [self.distinct[i] for i in ids])
 
 
 class FeatureStore:
@@ -140,7 +145,8 @@ def shared_features(
     inputs, functions = {}, {}
     for kind, ids in wanted.items():
         encoded = store.missing(ids)
-        inputs |= images.inputs(encoded or ids[:1], adapter.device)
+        some = encoded or ids[:1]
+        inputs |= images.inputs(some, adapter.device, images.company(adapter.config, some))
         functions[kind] = functools.partial(_features, adapter, images, kind, ids, encoded, store)
     with _replaced_encoders(adapter, functions):
         yield inputs
@@ -151,8 +157,9 @@ def _features(adapter, images: Images, kind: str, ids, encoded, store, original,
     if encoded:
         output = original(*args, **kwargs)
         given = [images.distinct[i] for i in encoded]
+        given += images.company(adapter.config, encoded)
         parts, store.join[kind] = adapter.family.split_features(output, given)
-        for image, part in zip(encoded, parts, strict=True):
+        for image, part in zip(encoded, parts[: len(encoded)], strict=True):
             fresh[image] = store.put(image, part)
     return store.join[kind]([fresh[i] if i in fresh else store.get(i) for i in ids])
 

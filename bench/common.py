@@ -161,17 +161,19 @@ def _git(*args: str) -> str | None:
 
 
 def save(rows: Sequence[Row], device: str = "cpu", directory: Path = RESULTS) -> Path:
-    """Write the rows into `<hardware>_<date>.json`, replacing earlier rows of the same op there,
-    and its Markdown table beside it."""
+    """Write the rows into `<hardware>_<date>.json`, replacing earlier rows of the same op and shape
+    there, and its Markdown table beside it."""
     slug = "".join(c if c.isalnum() else "-" for c in hardware(device)).strip("-").lower()
     while "--" in slug:
         slug = slug.replace("--", "-")
     path = directory / f"{slug}_{datetime.date.today().isoformat()}.json"
     directory.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text())["runs"] if path.exists() else []
-    ops = {row.op for row in rows}
-    kept = [run for run in kept if run["op"] not in ops]
-    for op in sorted(ops):
+    measured = {(row.op, row.shape) for row in rows}
+    for run in kept:
+        run["rows"] = [row for row in run["rows"] if (row["op"], row["shape"]) not in measured]
+    kept = [run for run in kept if run["rows"]]
+    for op in sorted({row.op for row in rows}):
         mine = [asdict(row) for row in rows if row.op == op]
         kept.append({"op": op, "environment": environment(device), "rows": mine})
     path.write_text(json.dumps({"runs": kept}, indent=1) + "\n")

@@ -102,6 +102,39 @@ def test_a_padded_call_reads_a_group_once(adapter, processor):
     assert seen == [5]
 
 
+def test_images_are_read_once_for_both_calls(adapter, processor, monkeypatch):
+    """Other objects of the same pixels, as a chat template makes them, are the same images."""
+    reader, seen = type(processor.image_processor), []
+    original = reader.__call__
+
+    def counted(self, images, *args, **kwargs):
+        seen.append(len(images))
+        return original(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(reader, "__call__", counted)
+    texts = [processor.apply_chat_template(row, tokenize=False) for row in rows()]
+
+    def run(chosen, changed=None):
+        template = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
+        tokenized = chosen.apply_chat_template(rows(), **template)
+        images = [[p["image"] for p in row[0]["content"] if p["type"] == "image"] for row in rows()]
+        if changed:
+            images[-1] = [picture(changed)]
+        padded = chosen(images=images, text=texts, padding=True, return_tensors="pt")
+        assert isinstance(padded["pixel_values"], torch.Tensor)
+        return {
+            f"{name} {i}": x for i, y in enumerate((tokenized, padded)) for name, x in y.items()
+        }
+
+    plain = run(processor), run(processor, 4)
+    for expected, changed, calls in ((plain[0], None, 1), (plain[1], 4, 2)):
+        seen.clear()
+        trainer = types.SimpleNamespace(processing_class=processor)
+        with distinct_rows(trainer, adapter):
+            assert_same(expected, run(trainer.processing_class, changed))
+        assert len(seen) == calls
+
+
 def test_rows_that_differ_in_one_pixel_are_read_apart(adapter, processor):
     other = picture(0)
     other.putpixel((3, 3), (1, 2, 3))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A processor that reads each distinct row of a batch once.
+"""A processor that reads each distinct row of a batch once, and its images once for both calls.
 
 TRL hands it every row of a generation batch, G rows a prompt, once to tokenize and once for the
 images. Letters: B rows, R of them distinct.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing.host import first_equal
@@ -37,8 +37,13 @@ def _standing_in(processor: ProcessorMixin, adapter: Adapter) -> ProcessorMixin:
     """An object of the processor's class that shares all its attributes; only calls differ."""
     cls = type(processor)
     vision_rows = _VisionRows(adapter)
+    reads_once = _images_once(processor.image_processor)
 
     class OfDistinctRows(cls):
+        @property
+        def image_processor(self):
+            return reads_once
+
         def __call__(self, images=None, text=None, **kwargs):
             read = super().__call__
             other = any(kwargs.get(kind) is not None for kind in ("videos", "audio"))
@@ -48,6 +53,29 @@ def _standing_in(processor: ProcessorMixin, adapter: Adapter) -> ProcessorMixin:
 
     double = object.__new__(OfDistinctRows)
     double.__dict__ = processor.__dict__
+    return double
+
+
+def _images_once(image_processor):
+    """An object of its class that shares all its attributes; the images of the call before, read
+    by the same options into arrays alone, it does not read again."""
+    cls = type(image_processor)
+
+    class OfNewImages(cls):
+        before: tuple[list, BatchFeature] | None = None
+
+        def __call__(self, images, *args, return_tensors=None, **kwargs):
+            before = type(self).before
+            given = [images, args, kwargs]
+            if before is not None and _same(before[0], given):
+                return BatchFeature(dict(before[1]), tensor_type=return_tensors)
+            read = super().__call__(images, *args, return_tensors=return_tensors, **kwargs)
+            if all(isinstance(value, np.ndarray) for value in read.values()):
+                type(self).before = given, read
+            return read
+
+    double = object.__new__(OfNewImages)
+    double.__dict__ = image_processor.__dict__
     return double
 
 
@@ -76,7 +104,7 @@ def _read(read, vision_rows: _VisionRows, images: list, text: list[str], kwargs:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two rows' images are equal in every pixel."""
+    """Whether two rows' images, or what a call was given, are equal in every pixel."""
     if a is b:
         return True
     if type(a) is not type(b):

@@ -27,17 +27,20 @@ $(VENV)/.ready: pyproject.toml setup.py $(CONSTRAINTS) $(SOURCES)
 demo: env
 	$(BIN)/python -m fastgrpo.demo --out runs/demo --seed $(SEED)
 
+# Each worker takes half of the files and steals from the other at the end: what a file's tests share
+# is made once.
+PYTEST := -m pytest -q -n 2 --dist worksteal
 test: env lint
-	$(BIN)/python -m pytest -n 2 -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q -m interpreter
+	$(BIN)/python $(PYTEST)
+	TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) -m interpreter $$(grep -l mark.interpreter tests/test_*.py)
 
 # Engine and trainer tests in two environments: the oldest transformers, and what a user's own
 # `pip install` resolves today, without a constraints file.
 MATRIX_TESTS := $(shell grep -lE "mark\.engine" tests/test_*.py) $(wildcard tests/test_trl_*.py)
 test-matrix: .venv-$(OLDEST)/.ready .venv-user/.ready
-	.venv-$(OLDEST)/bin/python -m pytest -n 2 -q $(MATRIX_TESTS)
+	.venv-$(OLDEST)/bin/python $(PYTEST) $(MATRIX_TESTS)
 	$(USER_PIP) --no-deps --force-reinstall .
-	.venv-user/bin/python -m pytest -n 2 -q $(MATRIX_TESTS)
+	.venv-user/bin/python $(PYTEST) $(MATRIX_TESTS)
 
 OLD_PIP := .venv-$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check
 .venv-$(OLDEST)/.ready: pyproject.toml setup.py $(CONSTRAINTS) $(SOURCES)
@@ -60,7 +63,7 @@ USER_PIP := .venv-user/bin/python -m pip install --quiet --disable-pip-version-c
 	touch $@
 
 test-slow: env
-	$(BIN)/python -m pytest -n 2 -q -m slow
+	$(BIN)/python $(PYTEST) -m slow
 
 # kill -9 at KILLS random moments, over every kind of run and mode.
 KILLS ?= 100

@@ -8,6 +8,7 @@ forked from it, with the environment that `accelerate launch` itself makes of th
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -78,6 +79,8 @@ def serve(job: Path) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     functions = importlib.import_module(job.stem)
+    gc.collect()
+    gc.freeze()  # every run begins with a collection, which need not look through all of it
 
     for line in sys.stdin:
         task = json.loads(line)

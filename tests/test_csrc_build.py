@@ -69,14 +69,6 @@ def test_this_environment_has_the_extension():
     assert {"offset_exp", "pairwise_box_iou", "match_boxes", "average_precision"} <= set(dir(_C))
 
 
-def test_import_loads_no_compiled_code():
-    code = (
-        "import sys, fastgrpo, fastgrpo_kernels\n"
-        "assert not [m for m in sys.modules if m.endswith('._C') and 'fastgrpo' in m]"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
-
-
 def test_ops_work_without_the_extension():
     code = (
         "import sys, torch\n"

@@ -27,43 +27,43 @@ def test_import_needs_no_optional_library():
     run(f"import sys\nfor m in {OPTIONAL.split()}: sys.modules[m] = None\nimport fastgrpo")
 
 
-def test_import_starts_nothing():
-    run(
-        "import os, sys\n"
-        "before = dict(os.environ)\n"
-        "import fastgrpo, torch\n"
-        "assert dict(os.environ) == before\n"
-        "assert not torch.cuda.is_initialized()\n"
-        "heavy = 'transformers.models trl peft datasets matplotlib sklearn triton'.split()\n"
-        "loaded = [m for m in heavy if m in sys.modules]\n"
-        "assert not loaded, loaded\n"
-    )
-
-
-@pytest.mark.parametrize("kernels", ["installed", "absent"])
-def test_transformers_imports_from_the_checkout(kernels):
-    """The folder kernels/ must not hide Hugging Face's package of that name."""
-    code = (
-        "import sys\nsys.path.insert(0, '')\n"
-        + ("sys.modules['kernels'] = None\n" if kernels == "absent" else "")
-        + "from transformers import LlamaForCausalLM, Qwen2_5_VLForConditionalGeneration\n"
-        + "import transformers.models.llama.modeling_llama as m\n"
-        + (
-            "import kernels; assert getattr(kernels, '__file__', None), kernels\n"
-            if kernels == "installed"
-            else ""
-        )
-    )
-    run(code, cwd=ROOT)
-
-
-def test_public_names_are_those_of_the_contract():
+def test_import_starts_nothing_and_brings_the_public_names():
     names = (
         "linear_logprob Objective grpo_loss linear_grpo_loss token_kl linear_kl group_advantages "
         "box_iou pairwise_box_iou match_boxes average_precision Group score GRPOStep generate "
         "rewards InputError"
     )
-    run(f"import fastgrpo as fg\nfor n in '{names}'.split(): assert hasattr(fg, n), n")
+    run(
+        "import os, sys\n"
+        "before = dict(os.environ)\n"
+        "import fastgrpo, fastgrpo_kernels, torch\n"
+        "assert dict(os.environ) == before\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "heavy = 'transformers.models trl peft datasets matplotlib sklearn triton'.split()\n"
+        "loaded = [m for m in heavy if m in sys.modules]\n"
+        "assert not loaded, loaded\n"
+        "assert not [m for m in sys.modules if m.endswith('._C') and 'fastgrpo' in m]\n"
+        f"for n in '{names}'.split(): assert hasattr(fastgrpo, n), n\n"
+    )
+
+
+def test_transformers_imports_from_the_checkout():
+    """The folder kernels/ must not hide Hugging Face's package of that name, installed or absent:
+    a child process goes on without it."""
+    run(
+        "import os, sys\n"
+        "import torch\n"
+        "sys.path.insert(0, '')\n"
+        "child = os.fork()\n"
+        "if not child: sys.modules['kernels'] = None\n"
+        "from transformers import LlamaForCausalLM, Qwen2_5_VLForConditionalGeneration\n"
+        "import transformers.models.llama.modeling_llama\n"
+        "if child:\n"
+        "    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0, 'kernels absent'\n"
+        "    import kernels\n"
+        "    assert getattr(kernels, '__file__', None), kernels\n",
+        cwd=ROOT,
+    )
 
 
 def test_no_package_hides_another():

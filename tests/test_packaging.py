@@ -184,9 +184,9 @@ def public_method(name: str, value: object) -> bool:
     return written and (not name.startswith("_") or name in ("__init__", "__call__"))
 
 
-@pytest.mark.parametrize("pattern", ["csrc/**/*.cpp", "csrc/**/*.h", "csrc/**/*.cu", "**/*.sh"])
+@pytest.mark.parametrize("pattern", ["csrc/**/*.cpp", "csrc/**/*.h", "csrc/**/*.cu", "bench/*.sh"])
 def test_sources_that_ruff_does_not_read_say_their_licence(pattern):
-    paths = [p for p in ROOT.glob(pattern) if p.relative_to(ROOT).parts[0] in ("csrc", "bench")]
+    paths = list(ROOT.glob(pattern))
     assert paths
     for path in (*paths, ROOT / "Makefile", ROOT / ".ci" / "run"):
         assert "SPDX-License-Identifier: Apache-2.0" in path.read_text()[:200], path

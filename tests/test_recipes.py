@@ -2,8 +2,7 @@
 """Every recipe: a well-formed file, rewards that tell good from bad, three steps that train."""
 
 import json
-import subprocess
-import sys
+import runpy
 import threading
 from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -183,10 +182,9 @@ def test_rule_rewards_prefer_the_good_example(name):
     assert totals["good"] > totals["bad"]
 
 
-def test_table_command_and_the_committed_page_agree():
-    printed = subprocess.run(
-        [sys.executable, "-m", "fastgrpo.recipes"], capture_output=True, text=True, check=True
-    ).stdout
+def test_table_command_and_the_committed_page_agree(capsys):
+    runpy.run_module("fastgrpo.recipes", run_name="__main__")
+    printed = capsys.readouterr().out
     page = Path(__file__).parent.parent / "docs" / "recipes.md"
     assert printed == page.read_text("utf-8")
     assert all(f"`{name}`" in printed for name in recipes.names())

@@ -12,7 +12,8 @@ from fastgrpo.testing import models as tm
 pytestmark = pytest.mark.engine
 QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
-BACKENDS = ("dense", "kvgather", "prefix_cpu")
+DEFAULTS = ({},)  # one run without options
+BACKENDS = tuple({"backend": name} for name in ("dense", "kvgather", "prefix_cpu"))
 IMAGES = {0: (), 1: ((4, 6),), 2: ((4, 4), (6, 10))}
 # ragged crosses a power of two; one-token completions have only the shared prompt row to predict
 LENGTHS = {"single": (5,), "ragged": (9, 1, 4, 8), "one_token": (1, 1, 1)}
@@ -49,25 +50,21 @@ def logp_error(got, want):
     return max(float((a - b).detach().abs().max()) for a, b in pairs if b.numel())
 
 
-def assert_equal_to_naive(model, groups, limit=2e-5, **options):
+def assert_equal_to_naive(model, groups, limit=2e-5, runs=DEFAULTS):
+    """`score` with each of the options `runs`, against the forwards one by one."""
     want, want_grads = naive(model, groups)
-    got, got_grads = packed(model, groups, **options)
-    assert logp_error(got, want) <= limit
-    error, where = tm.grad_error(got_grads, want_grads)
-    assert error <= limit, where
+    for options in runs:
+        got, got_grads = packed(model, groups, **options)
+        assert got[0][0].dtype == model.dtype
+        assert logp_error(got, want) <= limit, options
+        error, where = tm.grad_error(got_grads, want_grads)
+        assert error <= limit, (options, where)
 
 
 @pytest.mark.parametrize("family, images, many, lengths", CASES)
 def test_score_float32_matrix(family, images, many, lengths):
     model = tm.tiny_model(family)
-    groups = make_groups(model, images, many, lengths)
-    want, want_grads = naive(model, groups)
-    for backend in BACKENDS:
-        got, got_grads = packed(model, groups, backend=backend)
-        assert got[0][0].dtype == torch.float32
-        assert logp_error(got, want) <= 2e-5
-        error, where = tm.grad_error(got_grads, want_grads)
-        assert error <= 2e-5, (backend, where)
+    assert_equal_to_naive(model, make_groups(model, images, many, lengths), runs=BACKENDS)
 
 
 @pytest.mark.parametrize("family", (*QWEN_VL, "qwen2", "qwen3", "llama"))
@@ -76,15 +73,13 @@ def test_score_float64_to_rounding(family, lengths):
     model = tm.tiny_model(family, torch.float64)
     groups = make_groups(model, 2 if family in QWEN_VL else 0, True, lengths)
     with tm.float64_norms():
-        for backend in BACKENDS:
-            assert_equal_to_naive(model, groups, 1e-12, backend=backend)
+        assert_equal_to_naive(model, groups, 1e-12, BACKENDS)
 
 
 @pytest.mark.parametrize("family", ("qwen3", "llama"))
 def test_score_float32_other_text_families(family):
     model = tm.tiny_model(family)
-    for backend in BACKENDS:
-        assert_equal_to_naive(model, tm.synthetic_groups(model), backend=backend)
+    assert_equal_to_naive(model, tm.synthetic_groups(model), runs=BACKENDS)
 
 
 def test_negative_control_positions_not_rewound(monkeypatch):
@@ -218,8 +213,7 @@ def test_sliding_window_layers():
     )
     model = tm.tiny_model("qwen2", text=config)
     groups = tm.synthetic_groups(model)
-    for backend in BACKENDS:
-        assert_equal_to_naive(model, groups, backend=backend)
+    assert_equal_to_naive(model, groups, runs=BACKENDS)
     full = tm.tiny_model("qwen2")
     full.load_state_dict(model.state_dict())
     windowed, _ = naive(model, groups)
@@ -251,10 +245,10 @@ def test_eager_model_keeps_its_numbers():
     assert_equal_to_naive(model, tm.synthetic_groups(model))
 
 
-@pytest.mark.parametrize("max_tokens", (None, 60, 41))
-def test_any_budget_gives_the_same(max_tokens):
+def test_any_budget_gives_the_same():
     model = tm.tiny_model("qwen3_vl")
-    assert_equal_to_naive(model, tm.synthetic_groups(model), max_tokens=max_tokens)
+    runs = [{"max_tokens": tokens} for tokens in (None, 60, 41)]
+    assert_equal_to_naive(model, tm.synthetic_groups(model), runs=runs)
 
 
 def test_no_grad_builds_no_graph():

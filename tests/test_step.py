@@ -11,6 +11,7 @@ from fastgrpo.engine import loss as engine_loss
 from fastgrpo.testing import models as tm
 
 pytestmark = pytest.mark.engine
+DEFAULTS = ({},)  # one run without options
 
 
 def off_policy(model, groups, seed=2, reference=True, rollout=False):
@@ -62,15 +63,18 @@ def plain_step(model, groups, obj, entropy=False):
     return result, tm.take_grads(model)
 
 
-def assert_step_is_plain(model, groups, obj, limit=1e-10, entropy=False, **options):
+def assert_step_is_plain(model, groups, obj, limit=1e-10, entropy=False, runs=DEFAULTS):
+    """A step with each of the options `runs`; the metrics of the last."""
     want, want_grads = plain_step(model, groups, obj, entropy)
-    metrics = fg.GRPOStep(model, obj, **options)(groups)
-    grads = tm.take_grads(model)
-    error, where = tm.grad_error(grads, want_grads)
-    assert error <= limit, where
-    assert metrics.pop("loss") == pytest.approx(float(want.loss.detach()), rel=limit, abs=limit)
-    for name, value in metrics.items():
-        assert value == pytest.approx(float(want.metrics[name]), rel=limit, abs=limit, nan_ok=True)
+    for options in runs:
+        metrics = fg.GRPOStep(model, obj, **options)(groups)
+        error, where = tm.grad_error(tm.take_grads(model), want_grads)
+        assert error <= limit, (options, where)
+        loss = float(want.loss.detach())
+        assert metrics.pop("loss") == pytest.approx(loss, rel=limit, abs=limit), options
+        for name, value in metrics.items():
+            known = float(want.metrics[name])
+            assert value == pytest.approx(known, rel=limit, abs=limit, nan_ok=True), (options, name)
     return metrics
 
 
@@ -79,6 +83,7 @@ def case(family="qwen2_5_vl", **kwargs):
     return model, off_policy(model, tm.synthetic_groups(model), **kwargs)
 
 
+SPLIT = {"max_tokens": 41}  # several rows, and groups divided between them
 OBJECTIVES = [
     dict(loss_type="grpo"),
     dict(loss_type="dapo", beta=0.1),
@@ -94,27 +99,28 @@ OBJECTIVES = [
 ]
 
 
-@pytest.mark.parametrize("max_tokens", (None, 41))
 @pytest.mark.parametrize("options", OBJECTIVES, ids=lambda o: "-".join(map(str, o.values())))
-def test_step_float64_equals_plain(options, max_tokens):
+def test_step_float64_equals_plain(options):
     with tm.float64_norms():
         model, groups = case()
-        assert_step_is_plain(model, groups, fg.Objective(**options), max_tokens=max_tokens)
+        runs = ({"max_tokens": None}, SPLIT)
+        assert_step_is_plain(model, groups, fg.Objective(**options), runs=runs)
 
 
 @pytest.mark.parametrize("family", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llama"))
-@pytest.mark.parametrize("backend", ("dense", "kvgather", "prefix_cpu"))
-def test_step_float32(family, backend):
+def test_step_float32(family):
     model = tm.tiny_model(family)
     groups = off_policy(model, tm.synthetic_groups(model))
     obj = fg.Objective(loss_type="grpo", beta=0.1)
-    assert_step_is_plain(model, groups, obj, 2e-5, backend=backend, max_tokens=60)
+    backends = ("dense", "kvgather", "prefix_cpu")
+    runs = [{"backend": backend, "max_tokens": 60} for backend in backends]
+    assert_step_is_plain(model, groups, obj, 2e-5, runs=runs)
 
 
 def test_step_on_policy_and_rollout_weights():
     with tm.float64_norms():
         model, groups = case(reference=False, rollout=True)
-        assert_step_is_plain(model, groups, fg.Objective(loss_type="dapo"), max_tokens=41)
+        assert_step_is_plain(model, groups, fg.Objective(loss_type="dapo"), runs=[SPLIT])
         for group in groups:
             group.rollout_logp = group.old_logp = None
         metrics = assert_step_is_plain(model, groups, fg.Objective(loss_type="dapo"))
@@ -125,7 +131,7 @@ def test_step_entropy_bonus():
     with tm.float64_norms():
         model, groups = case()
         obj = fg.Objective(loss_type="dapo", entropy_coef=0.05)
-        assert_step_is_plain(model, groups, obj, entropy=True, max_tokens=41)
+        assert_step_is_plain(model, groups, obj, entropy=True, runs=[SPLIT])
 
 
 def test_step_top_entropy_needs_one_row():
@@ -149,7 +155,7 @@ def test_step_masks_and_per_token_advantages():
         groups[1].mask = [torch.zeros_like(m) for m in groups[1].mask]
         for loss_type in ("grpo", "dapo"):
             obj = fg.Objective(loss_type=loss_type, beta=0.1)
-            assert_step_is_plain(model, groups, obj, max_tokens=41)
+            assert_step_is_plain(model, groups, obj, runs=[SPLIT])
 
 
 @pytest.mark.parametrize("loss_type", ("grpo", "dapo", "cispo", "vespo", "gmpo", "sapo"))

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from verl_rows import padded_batch, scattered_rows
+from verl_rows import padded_batch, scattered_rows, with_its_images
 
 from fastgrpo import InputError
-from fastgrpo.testing.models import grad_error, naive_logits, take_grads, tiny_model
+from fastgrpo.models import Adapter
+from fastgrpo.testing.models import TEXT_VOCAB, grad_error, naive_logits, take_grads, tiny_model
 
 TEMPERATURE = 0.7
 
@@ -101,7 +102,8 @@ DYNAMIC = {"use_dynamic_bsz": True, "max_token_len_per_gpu": 45}
 def plain(model):
     """Per row (C,) log-probs and entropies of the ordinary forward of that sequence."""
     for group, c in scattered_rows(model):
-        log_p = (naive_logits(model, group, group.completions[c]) / TEMPERATURE).log_softmax(-1)
+        logits = naive_logits(model, with_its_images(model, group, c), group.completions[c])
+        log_p = (logits / TEMPERATURE).log_softmax(-1)
         logp = log_p.gather(-1, group.completions[c][:, None])[:, 0]
         yield logp, -(log_p.exp() * log_p).sum(-1)
 
@@ -114,9 +116,11 @@ def test_log_probs_stand_where_verl_reads_them(verl, model, tmp_path, batches):
         output = engine.forward_backward_batch(data, None, forward_only=True)["model_output"]
         wanted = list(plain(model))
     for key, nth in (("log_probs", 0), ("entropy", 1)):
-        for row, values in zip(output[key].unbind(), wanted, strict=True):
+        rows = zip(output[key].unbind(), wanted, scattered_rows(model), strict=True)
+        for row, values, (group, c) in rows:
             length = len(values[nth])
-            assert (row[-length - 1 : -1] - values[nth]).abs().max() < 2e-5
+            text = group.completions[c] < TEXT_VOCAB  # an image's placeholders have no log-prob
+            assert ((row[-length - 1 : -1] - values[nth]) * text).abs().max() < 2e-5
             assert row[-1] == 0 and not row[: -length - 1].any()
 
 
@@ -161,7 +165,9 @@ def test_a_group_is_encoded_once_however_its_rows_lie(verl, tmp_path):
         lambda module, args, kwargs: patches.append(len((*args, *kwargs.values())[0])),
         with_kwargs=True,
     )
-    once = sum(
+    shown = [group.vision_of(c) for group, c in scattered_rows(model)]
+    once = sum(len(vision.get("pixel_values", ())) for vision in shown)
+    once += sum(
         len(group.vision.get("pixel_values", ())) for group, c in scattered_rows(model) if c == 0
     )
     for batches in (
@@ -190,10 +196,11 @@ def test_a_configuration_that_is_not_served_is_refused_by_its_field(verl, tmp_pa
         engine_of(verl, tiny_model("qwen3"), tmp_path, **REFUSED[field])
 
 
-def test_another_strategy_does_not_run_unnoticed(verl):
-    cls = verl.EngineRegistry.get_engine_cls("language_model", "megatron")
-    with pytest.raises(InputError, match="actor.strategy=megatron"):
-        cls(None, SimpleNamespace(strategy="megatron"), None, None)
+@pytest.mark.parametrize("strategy", ["fsdp", "megatron"])
+def test_another_strategy_does_not_run_unnoticed(verl, strategy):
+    cls = verl.EngineRegistry.get_engine_cls("language_model", strategy)
+    with pytest.raises(InputError, match=f"actor.strategy={strategy}: fastgrpo serves fsdp2"):
+        cls(None, SimpleNamespace(strategy=strategy), None, None)
 
 
 def spoiled(fields, key):
@@ -237,6 +244,32 @@ def test_micro_batches_that_do_not_fit_are_refused(verl, tmp_path):
             engine.forward_backward_batch(
                 batch_of(verl, padded_batch(model), **settings), None, forward_only=True
             )
+
+
+def test_unpadded_prompts_and_responses_are_read_as_padded_ones(verl, model):
+    from fastgrpo.integrations.verl.rows import read_groups
+
+    fields = padded_batch(model)
+    width = fields["prompts"].shape[1]
+    sides = {"prompts": slice(width), "responses": slice(width, None)}
+    sides |= {"response_mask": sides["responses"]}
+    attended = fields["attention_mask"].bool()
+    jagged = {
+        key: torch.nested.as_nested_tensor(
+            [x[keep[side]] for x, keep in zip(fields[key], attended, strict=True)],
+            layout=torch.jagged,
+        )
+        for key, side in sides.items()
+    }
+    padded = batch_of(verl, fields)
+    unpadded = verl.Batch(padded | jagged)
+    del unpadded["attention_mask"]
+    images, adapter = fields["multi_modal_inputs"], Adapter(model)
+    both = [read_groups(adapter, data, images) for data in (padded, unpadded)]
+    for a, b in zip(*both, strict=True):
+        assert torch.equal(a.prompt_ids, b.prompt_ids) and a.vision.keys() == b.vision.keys()
+        assert torch.equal(a.completions[0], b.completions[0])
+        assert torch.equal(a.mask[0], b.mask[0])
 
 
 def test_another_verl_is_refused_by_what_differs(verl, monkeypatch):

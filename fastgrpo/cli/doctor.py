@@ -41,7 +41,7 @@ PACKAGES = {
     "causal-conv1d": "their convolution",
     "xformers": "attention with a merged prefix",
     "liger-kernel": "layer kernels (RMSNorm, M-RoPE, SwiGLU), on request",
-    "verl": "reward adapters",
+    "verl": "actor and reference model (external_lib), reward adapters",
 }
 
 

@@ -114,6 +114,14 @@ class Family:
 
     serves_images_in_completions = False
 
+    def at_the_prompt(self, vision: Vision, inside: Tensor) -> tuple[Vision, Vision]:
+        """Of the images of a prompt and what follows it, those of the prompt and the others;
+        `inside` (P,) bool says which of its tokens are an image's, each image a run of them."""
+        starts = inside & ~torch.cat([inside.new_zeros(1), inside[:-1]])
+        images, count = self.split_images(vision) if vision else [], int(starts.sum())
+        prompt, after = images[:count], images[count:]
+        return tuple(self.join_images(some) if some else {} for some in (prompt, after))
+
     def completion_positions(
         self, core: nn.Module, prompt_ids: Tensor, vision: Vision, completion: Tensor, own: Vision
     ) -> Tensor:

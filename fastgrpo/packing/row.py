@@ -101,12 +101,12 @@ def _tokens(
             fed, target = fed_and_target(adapter, groups[g], c, neutral_id)
             ids.append(fed)
             targets.append(target)
-            positions.append(_positions_after(adapter, part.group, groups[g], c, following))
+            positions.append(positions_after(adapter, part.group, groups[g], c, following))
     targets.append(torch.zeros(0, dtype=torch.int64))
     return (torch.cat(ids)[None], torch.cat(positions, 1), torch.cat(targets)), after
 
 
-def _positions_after(adapter, prompt: Group, group: Group, c: int, following: int) -> Tensor:
+def positions_after(adapter, prompt: Group, group: Group, c: int, following: int) -> Tensor:
     """(A, C) positions of completion c of `group` behind the prompt, which text follows at
     `following`."""
     ids, own = group.completions[c], group.vision_of(c)

@@ -2,7 +2,10 @@
 """The installed verl on the CPU: a platform of its plugin kind, and its engines on tiny models."""
 
 import contextlib
+import os
+import types
 from functools import partial
+from unittest import mock
 
 import torch
 from verl.plugin.platform.platform_cuda import PlatformCUDA
@@ -14,6 +17,7 @@ from verl.workers.config import (
     FSDPEngineConfig,
     FSDPOptimizerConfig,
     HFModelConfig,
+    TrainingWorkerConfig,
 )
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
@@ -25,7 +29,12 @@ class PlatformCPU(PlatformCUDA):
 
     device_name = "cpu"
     vendor_name = "cpu"
-    device_module = torch.cpu
+    device_module = types.SimpleNamespace(
+        **vars(torch.cpu),
+        max_memory_allocated=lambda: 0,
+        max_memory_reserved=lambda: 0,
+        get_device_name=lambda: "CPU",
+    )
 
     def is_available(self):
         return True
@@ -51,23 +60,37 @@ def install() -> None:
     )
 
 
-def engine_of(cls, folder, *, model=None, engine=None, optimizer=None):
+def engine_of(cls, folder, *, model=None, engine=None):
     """An initialised engine of `cls` for the checkpoint in `folder`, in float32."""
-    precision = dict(param_dtype="fp32", reduce_dtype="fp32", buffer_dtype="fp32")
-    strategy = {"strategy": "fsdp2", "mixed_precision": precision, "use_torch_compile": False}
-    built = cls(
-        model_config=HFModelConfig(
-            path=str(folder),
-            load_tokenizer=False,
-            override_config={"attn_implementation": "sdpa"},
-            **(model or {}),
-        ),
-        engine_config=FSDPEngineConfig(**(strategy | (engine or {}))),
-        optimizer_config=FSDPOptimizerConfig(lr=1e-2, **(optimizer or {})),
-        checkpoint_config=CheckpointConfig(),
-    )
+    built = cls(**configs(folder, model=model, engine=engine))
     built.initialize()
     return built
+
+
+def configs(folder, *, model=None, engine=None) -> dict:
+    """verl's configurations of a worker, by name."""
+    precision = dict(param_dtype="fp32", reduce_dtype="fp32", buffer_dtype="fp32")
+    strategy = {"strategy": "fsdp2", "mixed_precision": precision, "use_torch_compile": False}
+    whole = {"load_tokenizer": False, "override_config": {"attn_implementation": "sdpa"}}
+    return {
+        "model_config": HFModelConfig(path=str(folder), **whole, **(model or {})),
+        "engine_config": FSDPEngineConfig(**(strategy | (engine or {}))),
+        "optimizer_config": FSDPOptimizerConfig(lr=1e-2),
+        "checkpoint_config": CheckpointConfig(),
+    }
+
+
+def worker_of(folder, loss, **options):
+    """verl's `TrainingWorker` of an actor, with the engine its registry gives it."""
+    from verl.workers.engine_workers import TrainingWorker  # and servers of the rollout
+
+    alone = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    with mock.patch.dict(os.environ, alone):
+        config = TrainingWorkerConfig(model_type="language_model", **configs(folder, **options))
+        worker = TrainingWorker(config)
+    worker.reset()
+    worker.set_loss_fn(loss)
+    return worker
 
 
 def actor_loss(**options):
@@ -76,6 +99,22 @@ def actor_loss(**options):
         strategy="fsdp2", rollout_n=4, ppo_micro_batch_size_per_gpu=2, **options
     )
     return partial(ppo_loss, config=config)
+
+
+def whole(tensor):
+    """A parameter or gradient of FSDP2, gathered."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gradients(engine, fields, loss, **settings):
+    """(loss, gradients by name) of verl's pass over a mini-batch."""
+    data = batch_of(fields, **settings)
+    with engine.train_mode():
+        engine.optimizer_zero_grad()
+        output = engine.forward_backward_batch(data, loss, forward_only=False)
+        named = engine.module.named_parameters()
+        grads = {n: None if p.grad is None else whole(p.grad).clone() for n, p in named}
+    return sum(output["loss"]), grads
 
 
 def batch_of(fields: dict, **settings):
@@ -88,10 +127,29 @@ def batch_of(fields: dict, **settings):
 
 
 @contextlib.contextmanager
-def one_process(folder):
-    """A process group of one."""
-    store = torch.distributed.FileStore(str(folder / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+def verls_forwards(model):
+    """Inside, the classes of Qwen's VLMs as verl replaces their forwards for padded rows."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+    from transformers.models.qwen2_vl import modeling_qwen2_vl
+    from verl.models.transformers import monkey_patch
+
+    modules = (modeling_qwen2_5_vl, modeling_qwen2_vl)
+    classes = [cls for module in modules for cls in vars(module).values() if isinstance(cls, type)]
+    kept = [(cls, cls.forward) for cls in classes if "forward" in vars(cls)]
+    with mock.patch.object(monkey_patch, "is_trl_available", lambda: False):  # it wants an old one
+        monkey_patch.apply_monkey_patch(model, use_remove_padding=False)
+    try:
+        yield
+    finally:
+        for cls, forward in kept:
+            cls.forward = forward
+
+
+@contextlib.contextmanager
+def processes(folder, rank=0, world_size=1):
+    """The process group of this many."""
+    store = torch.distributed.FileStore(str(folder / "store"), world_size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
         yield
     finally:

@@ -95,7 +95,8 @@ def read_rows(
                 f"forward; these came another way (a rollout_func), so use TRL's own trainer"
             )
         (kinds,) = types
-        parts = [_at_the_prompt(family, *row) for row in zip(vision, kinds[:, :width], strict=True)]
+        inside = kinds[:, :width] == 1
+        parts = [family.at_the_prompt(*row) for row in zip(vision, inside, strict=True)]
         vision, shown = [part[0] for part in parts], [part[1] for part in parts]
     return Rows(
         prompts=[ids[keep] for ids, keep in zip(prompt_ids, prompt_mask, strict=True)],
@@ -105,16 +106,6 @@ def read_rows(
         num_columns=num_columns,
         device=device,
     )
-
-
-def _at_the_prompt(family: Family, vision: dict, kinds: Tensor) -> tuple[dict, dict]:
-    """A row's images, those of the prompt and those after it; `kinds` (P,) of the prompt's tokens
-    are 1 where an image is, each image a run of them."""
-    inside = torch.cat([kinds.new_zeros(1), kinds]) == 1
-    count = int((inside[1:] & ~inside[:-1]).sum())
-    images = family.split_images(vision) if vision else []
-    prompt, after = images[:count], images[count:]
-    return tuple(family.join_images(some) if some else {} for some in (prompt, after))
 
 
 def scorable(rows: Rows) -> list[int]:

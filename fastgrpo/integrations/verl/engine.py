@@ -138,7 +138,7 @@ class FastGRPOEngine(FSDPEngineWithLMHead):
             return self._model_output(micro_batch, False)[1]["log_probs"].values()[:0].sum()
 
     def _groups(self, data) -> list:
-        return read_groups(data, tu.get(data, "multi_modal_inputs"))
+        return read_groups(Adapter(self.module), data, tu.get(data, "multi_modal_inputs"))
 
     def _plan(self, data) -> list[list[int]]:
         check_batch(data, tu.get)
@@ -172,15 +172,15 @@ class ForeignEngine(BaseEngine):
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         raise InputError(
-            f"actor.strategy={engine_config.strategy}: fastgrpo serves fsdp2 and fsdp; change it, "
-            "or remove model.external_lib=fastgrpo.integrations.verl"
+            f"actor.strategy={engine_config.strategy}: fastgrpo serves fsdp2; change it, or remove "
+            "model.external_lib=fastgrpo.integrations.verl"
         )
 
 
 def register() -> None:
     """Our engines in verl's registry, by vendor: what verl looks up before its own."""
     here = {"model_type": "language_model", "device": get_device_name(), "vendor": get_vendor()}
-    EngineRegistry.register(backend=["fsdp2", "fsdp"], **here)(FastGRPOEngine)
+    EngineRegistry.register(backend=["fsdp2"], **here)(FastGRPOEngine)
     EngineRegistry.register(backend=list(FOREIGN), **here)(ForeignEngine)
 
 

@@ -18,16 +18,20 @@ from fastgrpo.models.family import TEXT_OUTPUTS
 from fastgrpo.packing import Group
 from fastgrpo.packing.host import device_copies, host_copies
 from fastgrpo.packing.planner import plan_rows, regroup
+from fastgrpo.packing.row import positions_after
 
 # Of `multi_modal_inputs`: lengths that only verl's flops are counted by.
 COUNTED = "images_seqlens"
 
 
-def read_groups(data: Mapping, images: Sequence[Mapping | None] | None) -> list[Group]:
+def read_groups(
+    adapter: Adapter, data: Mapping, images: Sequence[Mapping | None] | None
+) -> list[Group]:
     """One group of one completion for each row: its prompt, its response, and the mask of it.
 
     `data`: verl's batch with jagged `input_ids`; `prompts`, `responses` and `response_mask` jagged
-    or padded (then with `attention_mask`). `images`: each row's `multi_modal_inputs`.
+    or padded (then with `attention_mask`). `images`: each row's `multi_modal_inputs`, of the prompt
+    and of what a tool returned inside the response.
     """
     prompts, responses, mask = data["prompts"], data["responses"], data["response_mask"]
     given = [data["input_ids"].values(), data["input_ids"].offsets()]
@@ -47,8 +51,10 @@ def read_groups(data: Mapping, images: Sequence[Mapping | None] | None) -> list[
     groups = []
     for row, (p, n) in enumerate(torch.stack(lengths, 1).tolist()):
         prompt, response = ids[int(offsets[row]) :][: p + n].long().split([p, n])
-        vision = _vision(images[row] if images else None)
+        vision, shown = _images(adapter, images[row] if images else None, prompt, response)
         options = {"mask": [counted[row][:n]], "sample_id": f"row {row}"}
+        if shown:
+            options["completion_vision"] = [shown]
         groups.append(Group(prompt, [response], vision, **options))
     return groups
 
@@ -63,11 +69,17 @@ def _check_lengths(offsets: Tensor, prompts: Tensor, responses: Tensor) -> None:
         )
 
 
-def _vision(inputs: Mapping | None) -> dict[str, Tensor]:
-    """A row's inputs of the tower, without what the processor says of the text, which differs
-    between the responses to one prompt."""
+def _images(
+    adapter: Adapter, inputs: Mapping | None, prompt: Tensor, response: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A row's inputs of the tower, the prompt's and the response's, without what the processor says
+    of the text, which differs between the responses to one prompt."""
     skipped = (*TEXT_OUTPUTS, COUNTED)
-    return {k: v for k, v in (inputs or {}).items() if v is not None and k not in skipped}
+    vision = {k: v for k, v in (inputs or {}).items() if v is not None and k not in skipped}
+    image = adapter.placeholders[:1]
+    if not vision or not image or not bool((response == image[0]).any()):
+        return vision, {}
+    return adapter.family.at_the_prompt(vision, prompt == image[0])
 
 
 def plan_micro_batches(
@@ -115,11 +127,12 @@ def check_positions(adapter: Adapter, groups: Sequence[Group], position_ids: Ten
     start = 0
     prompts: dict[tuple, Tensor] = {}
     for row, group in enumerate(groups):
-        key = (group.prompt_ids.numpy().tobytes(), id(group.vision) if group.vision else 0)
+        sizes = [x for _, x in sorted(group.vision.items()) if not x.is_floating_point()]
+        key = tuple(x.cpu().numpy().tobytes() for x in (group.prompt_ids, *sizes))
         if key not in prompts:
             prompts[key] = adapter.prompt_positions(group.prompt_ids, group.vision)
-        where, length = prompts[key], group.lengths[0]
-        after = where[:, -1:] + torch.arange(length)
+        where = prompts[key]
+        after = positions_after(adapter, group, group, 0, int(where[0, -1]))
         wanted = torch.cat([where[:, :-1], after], 1)
         came = given[:, start : start + wanted.shape[1]]
         start += wanted.shape[1]

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import logging
 from collections.abc import Iterator
 
-from fastgrpo.errors import InputError
+from fastgrpo.errors import InputError, MissingPackage
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,20 @@ SIGNATURES = {
     "verl.utils.device.get_device_name": "",
     "verl.utils.device.get_vendor": "",
 }
-# Strategies of other engines, which compute with models that are not transformers'.
-FOREIGN = ("megatron", "veomni", "torchtitan", "automodel", "fsdp_turbo")
+# Strategies of other engines: FSDP version 1, and models that are not transformers'.
+FOREIGN = ("fsdp", "megatron", "veomni", "torchtitan", "automodel", "fsdp_turbo")
+
+
+def check_installed() -> None:
+    """`MissingPackage` without verl. No extra brings it: its versions of transformers end before
+    ours begin, while its engine runs with both."""
+    missing = [name for name in ("verl", "tensordict") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingPackage(
+            f"fastgrpo.integrations.verl needs {', '.join(missing)}: pip install --no-deps "
+            f'"verl=={TESTED_VERL}.*", and what else it names but transformers',
+            name=missing[0],
+        )
 
 
 def check_signatures() -> None:

@@ -89,7 +89,12 @@ class SmolVLM(Tiles):
 
     def tiny_processor(self, config, tokenizer, **options):
         """Idefics3Processor for both: SmolVLM's has a video half, which needs torchvision."""
-        from transformers import Idefics3ImageProcessorPil, Idefics3Processor
+        from transformers import Idefics3Processor
+
+        # transformers 5.17 exports it only where there is torchvision, which it does not use.
+        from transformers.models.idefics3.image_processing_pil_idefics3 import (
+            Idefics3ImageProcessorPil,
+        )
 
         side = config.vision_config.image_size
         pictures = Idefics3ImageProcessorPil(

@@ -53,7 +53,7 @@ saw, of a log-probability or of a gradient relative to its parameter's largest.
 
 - **float64**: packed rows against one forward a completion, every gradient, prompts of 0, 1 and 3
   images and a video in one batch, 1 and 5 completions, one row and split rows; 1e-12 at most.
-  **float32**: the same, 2e-5 at most, or twice the plain forward's own distance from float64.
+  **float32**: the same within 2e-5, but for biases of keys, whose true gradient is zero.
 - **videos**: several in a prompt, beside images. **tool images**: inside a completion.
 - **encoded once**: an image of several prompts, by calls of the tower. **isolated**: a completion
   changed, every other log-probability the same bit for bit. **any order**: of groups, completions.

@@ -55,6 +55,7 @@ class Images:
         return {name: value.to(device) for name, value in joined.items()}
 
     def company(self, config, ids: Sequence[int]) -> list[Vision]:
+        """What is encoded beside these, see `Family.company`."""
         return self.family.company(config, [self.distinct[i] for i in ids])
 
 

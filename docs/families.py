@@ -66,8 +66,8 @@ saw, of a log-probability or of a gradient relative to its parameter's largest.
 
 TRL 1.16 does not train four of them: it marks completions as part of the prompt for PaliGemma, and
 has no argument for LLaVA-OneVision's `batch_num_images` and MiniCPM-V's `target_sizes`;
-`fg.GRPOStep` does. TRL passes no videos on, for any family. "Not run": what the test needs (trl,
-the family itself) is not there beside that transformers, or it was left out.
+`fg.GRPOStep` does. TRL passes no videos on, for any family. MiniCPM-V is served from transformers
+5.23 on. "Not run" is what was left out, or needs what is not there.
 """
 
 

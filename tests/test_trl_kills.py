@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """kill -9 at random moments: every run resumes, and goes on as if it had not been cut.
 
-`make test-faults KILLS=100` runs that many trials over all kinds of run. A moment is a step and a
-part of a step's time after it, so that every kill meets a run that trains.
+`make test-faults KILLS=100` kills that many times, over all kinds of run, each run up to four times
+on its way. A moment is a step and a part of a step's time after it, so that every kill meets a run
+that trains.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fastgrpo.testing.launch import MODES, Launcher  # noqa: E402
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 KILLS = int(os.environ.get("FASTGRPO_KILLS", "100"))
+KILLS_A_RUN = 4
 SAVES_KILLED = 20
 CASES = ("moving_reference", "lora", "several_steps_a_generation", "every_step_saved")
 KINDS = [("one", case) for case in CASES]
@@ -80,6 +82,15 @@ def resumes(launch, mode, case, output, whole):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs), output
 
 
+def killed(launch, mode, case, output, step, seconds) -> tuple[int, int]:
+    """Goes on, until so long after that step; steps done, and the step to go on from."""
+    for path in output.glob("done-*"):
+        path.unlink()
+    after = (output / f"done-{step}", seconds)
+    assert not launch(mode, "go_on", output, case, kill_after=after), "it ended unkilled"
+    return marked(output, "done")[-1][0], first_of(output)
+
+
 @pytest.mark.parametrize(("mode", "case"), KINDS)
 def test_killed_runs_repeat_the_uninterrupted_one(launch, whole, mode, case):
     needs(mode)
@@ -87,18 +98,21 @@ def test_killed_runs_repeat_the_uninterrupted_one(launch, whole, mode, case):
     steps, times = zip(*marked(whole, "done"), strict=True)
     second = statistics.median(b - a for a, b in itertools.pairwise(times))
     every = min(b - a for (a, _), (b, _) in itertools.pairwise(marked(whole, "saved")))
-    trials = range(KINDS.index((mode, case)), KILLS, len(KINDS))
-    for trial in trials:
-        output = whole.parent / f"trial-{trial}"
+    trials = [*range(KINDS.index((mode, case)), KILLS, len(KINDS))]
+    for part in (trials[i : i + KILLS_A_RUN] for i in range(0, len(trials), KILLS_A_RUN)):
+        output, first = whole.parent / f"trial-{part[0]}", 0
         output.mkdir()
-        moment = draw.uniform(0, steps[-1] - 1)  # the last step is for a run that is faster
-        after = (output / f"done-{int(moment)}", moment % 1 * second)
-        assert not launch(mode, "go_on", output, case, kill_after=after), "it ended unkilled"
-        done, first = marked(output, "done")[-1][0], first_of(output)
-        assert int(moment) <= done < steps[-1]
-        assert first >= done - every, (trial, done, first)
+        # The last step is for a run that is faster.
+        for moment in sorted(draw.uniform(0, steps[-1] - 1) for _ in part):
+            step = max(int(moment), first)
+            done, first = killed(launch, mode, case, output, step, moment % 1 * second)
+            assert step <= done < steps[-1]
+            assert first >= done - every, (moment, done, first)
+            print(
+                f"{mode} {case}: killed at {step + moment % 1:.2f} of {steps[-1]} steps, {first=}"
+            )
         resumes(launch, mode, case, output, whole)
-        print(f"{mode} {case}: killed at {moment:.2f} of {steps[-1]}, resumed from {first}: equal")
+        print(f"{mode} {case}: killed {len(part)} times and equal")
 
 
 @pytest.mark.parametrize("mode", ("one", "fsdp2", "zero3"))
@@ -111,10 +125,9 @@ def test_runs_killed_while_they_save_repeat_the_uninterrupted_one(launch, whole,
     for trial in range(SAVES_KILLED if mode == "one" else SAVES_KILLED // 5):
         output = whole.parent / f"save-{trial}"
         output.mkdir()
-        after = (output / f"done-{at}", draw.uniform(0, seconds))
-        assert not launch(mode, "go_on", output, case, kill_after=after), "it ended unkilled"
-        kept.append((first_of(output), (output / ".saving").exists()))
-        assert kept[-1][0] in (at - 2, at)
+        first = killed(launch, mode, case, output, at, draw.uniform(0, seconds))[1]
+        assert first in (at - 2, at)
+        kept.append((first, (output / ".saving").exists()))
         resumes(launch, mode, case, output, whole)
     print(f"{mode}: newest checkpoint and whether a part of another lay there: {kept}")
     assert any(part for _, part in kept), "no kill met a save"

@@ -3,7 +3,8 @@
 
 `--family X ...` (or all) times a small model of each family instead, on the CPU; beside those with
 recurrent layers also our packed row with the layers of `pip install tree-recurrence`, if that is
-installed.
+installed. It counts processor time, as the variants take up to minutes in which a machine has other
+work; set OMP_NUM_THREADS=1, or the waiting of threads for one another counts too.
 
 A Qwen2.5-VL built from a config, one prompt with one image, G completions. Both compute the same
 log-probs of the same tokens and the gradients of every parameter; TRL pads G full rows and runs
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import functools
 import inspect
+import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -153,12 +155,17 @@ def tree_logp(model, group: fg.Group) -> torch.Tensor:
 
 
 def compare(
-    variants: dict, group: fg.Group, device: str, repeats: int, warm_up: fg.Group | None = None
+    variants: dict,
+    group: fg.Group,
+    device: str,
+    repeats: int,
+    warm_up: fg.Group | None = None,
+    **timing: object,
 ) -> tuple[dict, dict, dict]:
     """Of each variant its step, its milliseconds, and how far its gradients are from TRL's.
 
     `variants`: name -> (model, function to the log-probs). `warm_up`: what they run on before;
-    None: on `group`.
+    None: on `group`. `timing`: more for `common.median_ms`.
     """
     grads: dict[str, dict] = {}
 
@@ -173,7 +180,7 @@ def compare(
         for name in variants:
             step(name, warm_up)
     runs = {name: functools.partial(step, name) for name in variants}
-    ms = common.median_ms(runs, device, repeats, warm=warm_up is not None)
+    ms = common.median_ms(runs, device, repeats, warm=warm_up is not None, **timing)
     return runs, ms, {name: tm.grad_error(grads[name], grads["TRL"])[0] for name in variants}
 
 
@@ -186,7 +193,8 @@ def family_rows(name: str, args: argparse.Namespace) -> list[common.Row]:
     variants = {"fastgrpo": (model, fastgrpo_logp), "TRL": (stock, trl_logp)}
     if fg.models.Adapter(model).mixers and common.importable("tree_recurrence"):
         variants["packed row, tree-recurrence"] = (model, tree_logp)
-    _, ms, errors = compare(variants, group, "cpu", args.repeats, warm_up=little)
+    timing = {"warm_up": little, "clock": time.process_time}
+    _, ms, errors = compare(variants, group, "cpu", args.repeats, **timing)
     tokens, lengths = families.image_tokens(model, group), group.lengths
     text = f"{name} P={len(group.prompt_ids)} ({tokens} of images)"
     text += f" G={len(lengths)} C={min(lengths)}-{max(lengths)}"
@@ -197,6 +205,7 @@ def family_rows(name: str, args: argparse.Namespace) -> list[common.Row]:
             variant,
             ms[variant],
             error=None if variant == "TRL" else errors[variant],
+            note="processor time",
             extra={"TRL time / this": ms["TRL"] / ms[variant]},
         )
         for variant in variants

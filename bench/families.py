@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model of each family for `bench_step.py --family`: one decoder width, each its own tower.
 
-A prompt has about 480 image tokens, or as near as the family's fixed number an image allows; that
-of a text family has 1024 tokens. (Tokens alone bound a text family's ratio to a padded forward by
-G (P + C) / (P + G C): 5.3 at 1024 tokens, 4.1 at 520.) The vocabulary is small, as the head is a
-small part of a model of some billions of parameters.
+A prompt has about 480 image tokens, or as near as the family's fixed number an image allows (LLaVA:
+its own 576); that of a text family has 1024 tokens. (Tokens alone bound a text family's ratio to a
+padded forward by G (P + C) / (P + G C): 5.3 at 1024 tokens, 4.1 at 520.) The vocabulary is small,
+as the head is a small part of a model of some billions of parameters.
 """
 
 import torch
@@ -67,7 +67,7 @@ SHAPES: dict[str, tuple[dict, dict, dict, list]] = {
         {"image_seq_length": 256, "downsample_ratio": 0.5},
         [None] * 2,
     ),
-    "llava": ({}, _TILES | {"image_size": 308}, {}, [None]),
+    "llava": ({}, _TILES | {"image_size": 336}, {}, [None]),
     "llava_next": (
         {}, _TILES | {"image_size": 168}, {"image_grid_pinpoints": [[336, 168]]}, [(24, 12)]
     ),

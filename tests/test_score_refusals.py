@@ -34,6 +34,15 @@ def test_families_not_on_the_list(model_type):
         family_of(config(model_type))
 
 
+def test_a_text_model_that_is_refused_says_why():
+    paligemma_2 = config("paligemma")
+    paligemma_2.text_config = config("gemma2")
+    with pytest.raises(
+        fg.InputError, match="text model of gemma, not 'gemma2': its attention caps"
+    ):
+        family_of(paligemma_2)
+
+
 def test_unknown_layer_kind():
     with pytest.raises(fg.InputError, match="'chunked_attention' layers"):
         family_of(config("llama", layer_types=["full_attention", "chunked_attention"]))

@@ -50,17 +50,15 @@ def family_of(config) -> Family:
     """The family of a model config; `InputError` with the reason for one that is not served."""
     family = families().get(config.model_type)
     if family is None:
-        reason = REFUSED.get(config.model_type)
         raise InputError(
-            f"model type {config.model_type!r} is not served"
-            + (f": {reason}" if reason else "")
-            + f"; the packed forward is proved for {', '.join(families())}"
+            f"model type {config.model_type!r} is not served{_because(config.model_type)}; "
+            f"the packed forward is proved for {', '.join(families())}"
         )
     text = getattr(config, "text_config", None) or config
     if family.decoders is not None and text.model_type not in family.decoders:
         raise InputError(
             f"model type {config.model_type!r} is served with a text model of "
-            f"{', '.join(family.decoders)}, not {text.model_type!r}"
+            f"{', '.join(family.decoders)}, not {text.model_type!r}{_because(text.model_type)}"
         )
     kinds = sorted(set(getattr(text, "layer_types", None) or ()))
     unknown = [kind for kind in kinds if kind not in family.layer_kinds]
@@ -81,3 +79,7 @@ def family_of(config) -> Family:
             )
     family.check_config(config)
     return family
+
+
+def _because(model_type: str) -> str:
+    return f": {REFUSED[model_type]}" if model_type in REFUSED else ""

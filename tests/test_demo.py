@@ -3,6 +3,7 @@
 
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from fastgrpo.demo import data, model, warm_start
 from fastgrpo.demo.evaluate import evaluate, load, read_jsonl
 from fastgrpo.report.run import HELD_OUT_FILE
 
-MAX_BYTES = 3_000_000
+PACKED_BYTES = 1_200_000
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def test_warm_start_command_is_bitwise_reproducible_and_reloads(
         monkeypatch.setattr(sys, "argv", argv)
         warm_start.main()
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
-    assert sum(map(len, files_of(tmp_path / "a").values())) < MAX_BYTES
+    assert sum(map(len, files_of(tmp_path / "a").values())) < 2_000_000
     policy, processor = load(tmp_path / "a")
     assert policy.config.model_type == "qwen2_5_vl"
     assert 9e5 < sum(p.numel() for p in policy.parameters()) < 1.1e6
@@ -161,10 +162,26 @@ def test_warm_start_command_is_bitwise_reproducible_and_reloads(
     assert torch.isfinite(policy(**batch.inputs).logits).all()
 
 
+def test_round_weights_takes_the_nearest_number_of_few_bits():
+    layer = torch.nn.Linear(50, 50, bias=False)
+    start = torch.randn(50, 50) * 2.0 ** torch.arange(-25, 25)
+    start[0, :4] = torch.tensor([0.0, 1.0, -31 * 2.0**-9, 31.5])
+    layer.weight.data.copy_(start)
+    warm_start.round_weights(layer)
+    assert layer.weight[0, :4].tolist() == [0.0, 1.0, -31 * 2.0**-9, 32.0]
+    assert torch.equal(layer.weight, layer.weight.bfloat16().float())
+    unit = 2.0 ** (torch.frexp(start).exponent - warm_start.SIGNIFICANT_BITS)
+    assert ((layer.weight - start).abs() <= unit / 2).all()
+    assert torch.equal(layer.weight / unit, (layer.weight / unit).round())
+
+
 def test_committed_warm_start_is_small_and_writes_the_format(tmp_path):
-    assert sum(map(len, files_of(demo.WARM_START).values())) < MAX_BYTES
+    assert len(zlib.compress(b"".join(files_of(demo.WARM_START).values()))) < PACKED_BYTES
     path = data.write_split(tmp_path, "heldout", 32, 5)
     policy, processor = load(demo.WARM_START)
+    stored = [weight.clone() for weight in policy.parameters()]
+    warm_start.round_weights(policy)
+    assert all(map(torch.equal, policy.parameters(), stored))
     figures = evaluate(policy, processor, path)
     assert figures == evaluate(policy, processor, path)
     assert figures.num_images == len(read_jsonl(path)) == 32

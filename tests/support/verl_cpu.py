@@ -3,7 +3,6 @@
 
 import contextlib
 import os
-import types
 from functools import partial
 from unittest import mock
 
@@ -29,12 +28,7 @@ class PlatformCPU(PlatformCUDA):
 
     device_name = "cpu"
     vendor_name = "cpu"
-    device_module = types.SimpleNamespace(
-        **vars(torch.cpu),
-        max_memory_allocated=lambda: 0,
-        max_memory_reserved=lambda: 0,
-        get_device_name=lambda: "CPU",
-    )
+    device_module = torch.cpu
 
     def is_available(self):
         return True
@@ -124,25 +118,6 @@ def batch_of(fields: dict, **settings):
     data = left_right_2_no_padding(data)
     tu.assign_non_tensor(data, **settings)
     return data
-
-
-@contextlib.contextmanager
-def verls_forwards(model):
-    """Inside, the classes of Qwen's VLMs as verl replaces their forwards for padded rows."""
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
-    from transformers.models.qwen2_vl import modeling_qwen2_vl
-    from verl.models.transformers import monkey_patch
-
-    modules = (modeling_qwen2_5_vl, modeling_qwen2_vl)
-    classes = [cls for module in modules for cls in vars(module).values() if isinstance(cls, type)]
-    kept = [(cls, cls.forward) for cls in classes if "forward" in vars(cls)]
-    with mock.patch.object(monkey_patch, "is_trl_available", lambda: False):  # it wants an old one
-        monkey_patch.apply_monkey_patch(model, use_remove_padding=False)
-    try:
-        yield
-    finally:
-        for cls, forward in kept:
-            cls.forward = forward
 
 
 @contextlib.contextmanager

@@ -13,9 +13,15 @@ def joined_processor(
     `image_token` of a text; `options`: `chat_template`, and `types`, whether it tells tokens of
     images from text."""
     from transformers import ProcessorMixin
+    from transformers.processing_utils import ProcessingKwargs
+
+    types = options.pop("types", False)
+
+    class Defaults(ProcessingKwargs, total=False):
+        _defaults = {"text_kwargs": {"return_mm_token_type_ids": types}}
 
     class Joined(ProcessorMixin):
-        return_mm_token_type_ids = options.pop("types", False)
+        valid_processor_kwargs = Defaults
         unused_input_names = ["num_soft_tokens_per_image", "grids", "num_patches_per_image"]
 
         def __init__(self, image_processor, tokenizer, chat_template=None):

@@ -223,12 +223,6 @@ def test_a_newer_trl_is_accepted_by_what_its_methods_take(
         build_trainer(FastGRPOTrainer, qwen2, tmp_path, rows=TEXT)
 
 
-def test_an_older_trl_is_refused(qwen2, tmp_path, monkeypatch):
-    monkeypatch.setattr(trl, "__version__", "1.15.0")
-    with pytest.raises(InputError, match="trl 1.15.0 is installed"):
-        build_trainer(FastGRPOTrainer, qwen2, tmp_path, rows=TEXT)
-
-
 def test_a_forward_patched_over_the_fused_head_is_refused(qwen2, tmp_path):
     trainer = build_trainer(GRPOTrainer, qwen2, tmp_path, rows=TEXT)
     trainer.model.forward = MethodType(lambda self, **inputs: None, trainer.model)

@@ -2,12 +2,12 @@
 """GRPOStep on two FSDP2 ranks with unequal work: one has images and more rows, the other none."""
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from two_ranks import run_two_ranks
 
 import fastgrpo as fg
 from fastgrpo.models import families
@@ -46,17 +46,7 @@ def test_a_rank_without_images_runs_an_idle_tower(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ("qwen2_5_vl", "qwen3_vl", "qwen3_5"))
 def test_two_ranks_with_unequal_work(tmp_path, family):
-    command = [sys.executable, __file__, str(tmp_path / "store"), family]
-    workers = [
-        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        errors = [worker.communicate(timeout=240)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    run_two_ranks(__file__, tmp_path / "store", family)
 
 
 def worker(store: str, family: str, rank: int) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent / "support")]
 pytest.importorskip("verl")
 
 import verl_cpu  # noqa: E402
+from two_ranks import run_two_ranks  # noqa: E402
 from verl_rows import padded_batch  # noqa: E402
 
 verl_cpu.install()
@@ -185,17 +184,7 @@ def test_two_processes_with_unequal_work(tmp_path):
     settings = {"global_batch_size": 8, **DYNAMIC}
     want = verl_cpu.gradients(engine, padded_batch(model), verl_cpu.actor_loss(), **settings)[1]
     torch.save(want, tmp_path / "gradients.pt")
-    command = [sys.executable, __file__, str(tmp_path)]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    run_two_ranks(__file__, tmp_path)
 
 
 def worker(folder: Path, rank: int) -> None:

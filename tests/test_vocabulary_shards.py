@@ -3,12 +3,12 @@
 
 import os
 import socket
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from two_ranks import run_two_ranks
 
 import fastgrpo as fg
 from fastgrpo.testing import relative_error
@@ -60,7 +60,7 @@ def _calls(h, w, b, y, A, ids, group):
     return results
 
 
-def _worker(rank: int, port: int, directory: str) -> None:
+def _worker(port: int, directory: str, rank: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -80,10 +80,7 @@ def _free_port() -> int:
 def test_two_shards_equal_the_whole(tmp_path):
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("torch.distributed has no gloo here")
-    port = str(_free_port())
-    commands = [[sys.executable, __file__, str(rank), port, str(tmp_path)] for rank in (0, 1)]
-    ranks = [subprocess.Popen(command) for command in commands]
-    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    run_two_ranks(__file__, _free_port(), tmp_path)
     shards = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     whole = _calls(*_inputs(), None)
     assert len(whole) == len(shards[0])
@@ -117,4 +114,4 @@ def test_reference_refuses_shards():
 
 
 if __name__ == "__main__":
-    _worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    _worker(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -84,6 +84,9 @@ class FastGRPOConfig(RenamedConfig):
     workspace_mb: float | None = _option(
         None, "Memory for a chunk of logits; default: by the free memory of the device."
     )
+    keep_activations: bool = _option(
+        True, "Checkpointing recomputes only what TRL's memory for the step would not hold."
+    )
     max_generation_batches: int = _option(
         1, "Above 1: groups without a gradient give way to fresh prompts, up to so many batches."
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastgrpo.engine.activations import kept_activations
 from fastgrpo.engine.parallel import busiest, distributed
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
@@ -25,13 +26,18 @@ from fastgrpo.packing.vision import FeatureStore, KeptFeatures, idle_tower, shar
 
 
 def forward_row(
-    adapter: Adapter, row: PackedRow, head: Callable[..., Tensor], store: FeatureStore
+    adapter: Adapter,
+    row: PackedRow,
+    head: Callable[..., Tensor],
+    store: FeatureStore,
+    *,
+    keep_activations: bool = False,
 ) -> Tensor:
     """Run the model on `row`; returns head(hidden (N, D), weight (V, D), bias) as a tensor.
 
     `head` is called where the model calls its lm_head, inside the root's forward, and its result
     leaves through the model's output, so that the hooks of FSDP and ZeRO see both. Where the model
-    caps its logits (`adapter.softcap`) it does.
+    caps its logits (`adapter.softcap`) it does. `keep_activations`: see `engine.activations`.
     """
 
     def project(hidden: Tensor) -> Tensor:
@@ -43,8 +49,12 @@ def forward_row(
         # A fresh tensor, not a view: FSDP's hook on the output would be lost with a view.
         return torch.stack([head(*under_autocast(hidden, *effective_head(adapter.head)))])
 
-    capped = without_softcap(adapter.text_config)  # `head` caps, where it has logits
-    with replaced_head(adapter.head, project), capped, row_images(adapter, row, store) as images:
+    with contextlib.ExitStack() as inside:
+        if keep_activations:
+            inside.enter_context(kept_activations(adapter, row, store))
+        inside.enter_context(replaced_head(adapter.head, project))
+        inside.enter_context(without_softcap(adapter.text_config))  # `head` caps its logits
+        images = inside.enter_context(row_images(adapter, row, store))
         output = adapter.forward(row.inputs | images)
     logits = output.logits if hasattr(output, "logits") else output[0]
     return logits[0]

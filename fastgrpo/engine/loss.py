@@ -41,7 +41,7 @@ class RowLoss:
 
     `kl_streams` name log-probs the groups carry in `Group.streams`; s is `sampled_entropy_coef`.
     `with_entropy`: measure entropies although nothing needs them. `impl`, `workspace_mb`: those of
-    `linear_grpo_loss`.
+    `linear_grpo_loss`. `keep_activations`: see `engine.activations`.
     """
 
     obj: Objective
@@ -50,6 +50,7 @@ class RowLoss:
     with_entropy: bool = False
     impl: str | None = None
     workspace_mb: float | None = None
+    keep_activations: bool = False
 
     @property
     def vanishes_with_advantage(self) -> bool:
@@ -119,7 +120,7 @@ class RowLoss:
             results.append(self.of_hidden(*columns, softcap=adapter.softcap))
             return results[0].loss[None]
 
-        loss = forward_row(adapter, row, head, store)[0]
+        loss = forward_row(adapter, row, head, store, keep_activations=self.keep_activations)[0]
         return results[0], loss
 
     def _adds_in_place(self, hidden: Tensor, weight: Tensor) -> bool:

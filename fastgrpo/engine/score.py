@@ -44,6 +44,7 @@ def score(
     balance: RouterBalance | None = None,
     workspace_mb: float | None = None,
     features: KeptFeatures | None = None,
+    keep_activations: bool = False,
 ) -> list[GroupScores]:
     """Log-probs of every completion under `model`, each prompt and its images encoded once.
 
@@ -61,7 +62,9 @@ def score(
     `entropy_grad`: False makes `.entropy` a constant, which saves its part of backward.
     `balance`: collects what a mixture of experts routes, for its load-balancing loss.
     `workspace_mb`: that of `linear_logprob`. `features`: image features of earlier calls, of a
-    model in which nothing before the decoder is trained.
+    model in which nothing before the decoder is trained. `keep_activations`: under activation
+    checkpointing recompute only what would take more memory than the padded step that recomputes
+    all (see `engine.activations`).
 
     Raises `InputError` naming the sample, or the reason why the model is not served.
     """
@@ -82,6 +85,7 @@ def score(
                 *(adapter, row, temperature, outputs, store),
                 entropy_grad=entropy_grad,
                 workspace_mb=workspace_mb,
+                keep_activations=keep_activations,
             )
         for column, field in zip(columns, ("logp", "entropy"), strict=False):
             for (g, c), value in zip(row.members, column.split(row.lengths), strict=True):
@@ -136,6 +140,7 @@ def score_row(
     *,
     entropy_grad: bool = True,
     workspace_mb: float | None = None,
+    keep_activations: bool = False,
 ) -> tuple[Tensor, ...]:
     """(N,) log-probs of a row's targets, then entropies if asked for."""
 
@@ -154,4 +159,5 @@ def score_row(
         columns = [out.logp] if out.entropy is None else [out.logp, out.entropy]
         return torch.stack(columns, -1)
 
-    return forward_row(adapter, row, head, store).unbind(-1)
+    columns = forward_row(adapter, row, head, store, keep_activations=keep_activations)
+    return columns.unbind(-1)

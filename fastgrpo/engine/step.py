@@ -40,8 +40,8 @@ class GRPOStep:
     `kl_streams` adds KL terms between the policy and log-probs the groups carry under the same
     name in `Group.streams` (an old policy, the policy under a perturbed image, ...), each with its
     own sign, estimator and clamps; `sampled_entropy_coef` adds that times the mean -log-prob.
-    `max_tokens`, `backend`, `self_check`, `placeholders`: as in `score`. `impl`, `workspace_mb`:
-    those of `linear_grpo_loss`.
+    `max_tokens`, `backend`, `self_check`, `placeholders`, `keep_activations`: as in `score`.
+    `impl`, `workspace_mb`: those of `linear_grpo_loss`.
 
     Returns the loss and TRL's metric names as floats.
     """
@@ -61,12 +61,18 @@ class GRPOStep:
         kl_streams: Mapping[str, KLStream] | None = None,
         sampled_entropy_coef: float = 0.0,
         workspace_mb: float | None = None,
+        keep_activations: bool = False,
     ) -> None:
         if not isinstance(obj, Objective):
             raise InputError(f"obj must be an Objective, got {type(obj).__name__}")
         self.adapter, self.obj = Adapter(model), obj
         self.loss = RowLoss(
-            obj, dict(kl_streams or {}), sampled_entropy_coef, impl=impl, workspace_mb=workspace_mb
+            obj,
+            dict(kl_streams or {}),
+            sampled_entropy_coef,
+            impl=impl,
+            workspace_mb=workspace_mb,
+            keep_activations=keep_activations,
         )
         self.reference = None if ref_model is None else Adapter(ref_model)
         self.max_tokens, self.backend = max_tokens, backend

@@ -24,6 +24,8 @@ class PackedRow:
     `inputs` are the model's keyword arguments, `targets` (N,) int64 the completion tokens in row
     order, `num_targets` how many of them have a loss, `members` the (group, completion) of each
     completion and `lengths` their lengths, `following` the position after each part's prompt.
+    `image_ids` are its images, a prompt's once; `padded_tokens` and `padded_image_ids` those of a
+    batch with a row per completion, each as long as the longest.
     """
 
     def __init__(
@@ -69,12 +71,14 @@ class PackedRow:
         if images is None:
             images = Images(adapter.family, [part.group for part in parts], groups)
         self.images = images
-        self.image_ids = [
-            i
-            for part in parts
-            for vision in (part.group.vision, *(groups[g].vision_of(c) for g, c in part.members))
-            for i in images.ids_of(vision)
-        ]
+        self.image_ids, self.padded_image_ids = [], []
+        for part in parts:
+            shared = images.ids_of(part.group.vision)
+            own = [i for g, c in part.members for i in images.ids_of(groups[g].vision_of(c))]
+            self.image_ids += shared + own
+            self.padded_image_ids += shared * len(part.members) + own
+        longest = max(prompt + max(lengths, default=0) for prompt, lengths in layout)
+        self.padded_tokens = longest * len(self.members)
 
     @property
     def mask(self) -> Tensor:

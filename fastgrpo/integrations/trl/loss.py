@@ -219,6 +219,7 @@ class LossMixin:
             self._objective(coef if self._entropy_bonus_enabled else 0.0),
             with_entropy=True,
             workspace_mb=self.fast.workspace_mb,
+            keep_activations=self.fast.keep_activations,
         )
         if PERTURBED not in inputs:
             return loss

@@ -69,6 +69,8 @@ class FastOptions:
     batch is whole groups in order. None: wherever it obeys every generation setting, elsewhere
     TRL's own generation and one line with the reason; True raises there, False never uses it.
     `workspace_mb`: memory for a chunk of logits (None: see `linear_grpo_loss`).
+    `keep_activations`: under gradient checkpointing recompute only the layers whose activations
+    would take more memory than TRL's padded step that recomputes all, or than half of what is free.
     `liger_kernels`: liger-kernel's RMSNorm, rotary and SwiGLU layers (never its loss), CUDA only.
     `max_skipped_steps`: steps in a row whose gradient is not finite before the run ends.
     `strict`: raise where a packed row cannot express the model, an option or a tool's images, which
@@ -89,6 +91,7 @@ class FastOptions:
     liger_kernels: bool = False
     max_skipped_steps: int = 10
     workspace_mb: float | None = None
+    keep_activations: bool = True
     strict: bool = False
     max_generation_batches: int = 1
 
@@ -244,6 +247,7 @@ class _FastMixin(
                 self_check=False,  # TRLCheck compares more rows, with TRL's own values
                 placeholders="neutralize",
                 features=self._kept_features(model),
+                keep_activations=self.fast.keep_activations,
             )
 
     def _self_check(self, model, rows, members, logps, inputs: dict, counted: Tensor) -> None:

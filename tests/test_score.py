@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastgrpo as fg
+from fastgrpo.engine import forward
 from fastgrpo.testing import models as tm
 
 pytestmark = pytest.mark.engine
@@ -285,3 +286,36 @@ def test_empty_completions_and_groups():
         scores[0].logp[1], fg.score(model, [one])[0].logp[0], atol=1e-5, rtol=0
     )
     assert fg.score(model, []) == []
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_cpu_encodes_large_images_one_by_one(monkeypatch, family):
+    monkeypatch.setattr(forward, "_CALL_ON_CPU", 1)
+    model = tm.tiny_model(family, torch.float64)
+    specs = [([(4, 6), (8, 8)], 3, [4, 2], [(2, 4, 4), (1, 4, 4)]), ([(6, 4)], 4, [3])]
+    groups = tm.synthetic_groups(model, specs)
+    sizes = []
+    model.model.visual.patch_embed.register_forward_hook(lambda *a: sizes.append(len(a[1][0])))
+    weights = tm.random_weights(groups)
+    with tm.float64_norms():
+        scores = fg.score(model, groups, self_check=False)
+        assert sizes == [4 * 6, 8 * 8, 6 * 4, 2 * 4 * 4, 4 * 4]  # images, then videos
+        tm.weighted_sum([s.logp for s in scores], weights).backward()
+        grads = tm.take_grads(model)
+        tm.weighted_sum(tm.naive_logp(model, groups), weights).backward()
+    error, where = tm.grad_error(grads, tm.take_grads(model))
+    assert error < 1e-12, where
+    monkeypatch.setattr(forward, "_CALL_ON_CPU", 2**20)  # small ones together
+    sizes.clear()
+    fg.score(model, groups, self_check=False)
+    assert sizes == [4 * 6 + 8 * 8 + 6 * 4, 2 * 4 * 4 + 4 * 4]
+
+
+def test_weights_in_shards_take_one_call_of_the_tower(monkeypatch):
+    monkeypatch.setattr(forward, "_CALL_ON_CPU", 1)
+    model = tm.tiny_model("qwen2_5_vl")
+    model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks it
+    calls = []
+    model.model.visual.register_forward_hook(lambda *a: calls.append(1))
+    fg.score(model, tm.synthetic_groups(model), self_check=False)
+    assert len(calls) == 1

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastgrpo.engine.parallel import fsdp2_units, is_zero3
 from fastgrpo.models.adapter import Adapter
@@ -50,7 +49,7 @@ class Stack:
     which every completion has its own prompt and images and is as long as the longest.
     """
 
-    layers: list[GradientCheckpointingLayer]
+    layers: list[nn.Module]
     units: int
     padded: int
 
@@ -91,7 +90,7 @@ def kept_activations(adapter: Adapter, row: PackedRow, store: FeatureStore) -> I
 
 def layers_to_keep(
     stacks: list[Stack], costs: dict[Kind, Cost], available: float
-) -> list[GradientCheckpointingLayer]:
+) -> list[nn.Module]:
     """The last layers whose activations fit beside the inputs of the others.
 
     With sum x over a stack's layers and a of its largest, the padded step holds at most
@@ -150,6 +149,8 @@ def _stacks(adapter: Adapter, row: PackedRow, store: FeatureStore) -> list[Stack
 
 
 def _recomputes(module: nn.Module) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     if not (isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing):
         return False
     options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
@@ -179,7 +180,7 @@ class _Measured:
 
     def _begin(self, layer, args, kwargs) -> None:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        self.given = tensors[0].nbytes
+        self.given += tensors[0].nbytes
         outside = {_storage(x) for x in (*tensors, *layer.parameters(), *layer.buffers())}
         self._seen = outside
         self._saving = torch.autograd.graph.saved_tensors_hooks(self._count, lambda x: x)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.engine.activations import kept_activations
-from fastgrpo.engine.parallel import busiest, distributed
+from fastgrpo.engine.parallel import busiest, distributed, fsdp2_units, is_zero3
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.head import (
@@ -23,6 +23,8 @@ from fastgrpo.models.head import (
 from fastgrpo.ops.gather_rows import gather_rows
 from fastgrpo.packing.row import PackedRow
 from fastgrpo.packing.vision import FeatureStore, KeptFeatures, idle_tower, shared_features
+
+_CALL_ON_CPU = 2**20  # numbers that a call of the tower is given
 
 
 def forward_row(
@@ -97,13 +99,35 @@ def row_images(adapter: Adapter, row: PackedRow, store: FeatureStore):
             yield inputs
         return
     wanted = row.images.by_kind(row.image_ids)
+    missing = {kind: store.missing(ids) for kind, ids in wanted.items()}
+    calls = {kind: _encoder_calls(adapter, row, ids) for kind, ids in missing.items()}
     alone = any(row.images.company(adapter.config, ids) for ids in wanted.values())
-    unshared = store.missing(row.image_ids) == row.image_ids
-    if unshared and store.keep.isdisjoint(row.image_ids) and not alone:
+    joined = missing == wanted and all(len(some) == 1 for some in calls.values())
+    if joined and store.keep.isdisjoint(row.image_ids) and not alone:
         inputs: dict[str, Tensor] = {}
         for ids in wanted.values():
             inputs |= row.images.inputs(ids, adapter.device)
         yield inputs
         return
-    with shared_features(adapter, row.images, wanted, store) as inputs:
+    with shared_features(adapter, row.images, wanted, calls, store) as inputs:
         yield inputs
+
+
+def _encoder_calls(adapter: Adapter, row: PackedRow, ids: list[int]) -> list[list[int]]:
+    """The images, or videos, of each call of the tower: all in one.
+
+    On a CPU, whose caches the activations of many would leave, one by one, small ones together;
+    not with weights in shards, where a call is a collective.
+    """
+    sharded = fsdp2_units(adapter.core) or is_zero3(adapter.core)
+    if not ids or adapter.device.type != "cpu" or not adapter.family.varlen_tower or sharded:
+        return [ids] if ids else []
+    calls: list[list[int]] = []
+    size = _CALL_ON_CPU
+    for i in ids:
+        if size >= _CALL_ON_CPU:
+            calls.append([])
+            size = 0
+        calls[-1].append(i)
+        size += sum(x.numel() for x in row.images.distinct[i].values())
+    return calls

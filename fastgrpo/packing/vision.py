@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -135,31 +136,40 @@ class _KeptStore(FeatureStore):
 
 @contextlib.contextmanager
 def shared_features(
-    adapter: Adapter, images: Images, wanted: dict[str, list[int]], store: FeatureStore
+    adapter: Adapter,
+    images: Images,
+    wanted: dict[str, list[int]],
+    calls: dict[str, list[list[int]]],
+    store: FeatureStore,
 ) -> Iterator[Vision]:
     """Inside, the features of each kind are those of the `wanted` ids, in this order.
 
-    Yields the inputs of the forward, which is given the pixels of images that are not in the
-    `FeatureStore` (of one that is where all are, so that the model asks at all). The tower still
-    runs where the model calls it, inside the root's forward.
+    `calls`: of each kind the images that each call of the tower encodes, all that are not in the
+    `FeatureStore`. Yields the inputs of the forward, which is given the pixels of the first call
+    (of one image where there is none, so that the model asks at all). The tower still runs where
+    the model calls it, inside the root's forward.
     """
     inputs, functions = {}, {}
     for kind, ids in wanted.items():
-        encoded = store.missing(ids)
-        some = encoded or ids[:1]
+        some = calls[kind][0] if calls[kind] else ids[:1]
         inputs |= images.inputs(some, adapter.device, images.company(adapter.config, some))
-        functions[kind] = functools.partial(_features, adapter, images, kind, ids, encoded, store)
+        shared = functools.partial(_features, adapter, images, kind, ids, calls[kind], store)
+        functions[kind] = shared
     with _replaced_encoders(adapter, functions):
         yield inputs
 
 
-def _features(adapter, images: Images, kind: str, ids, encoded, store, original, *args, **kwargs):
+def _features(adapter, images: Images, kind: str, ids, calls, store, original, *args, **kwargs):
     fresh = {}
-    if encoded:
+    for n, encoded in enumerate(calls):
+        if n:
+            given = inspect.signature(original).bind(*args, **kwargs)
+            given.arguments.update(images.inputs(encoded, adapter.device))
+            args, kwargs = given.args, given.kwargs
         output = original(*args, **kwargs)
-        given = [images.distinct[i] for i in encoded]
-        given += images.company(adapter.config, encoded)
-        parts, store.join[kind] = adapter.family.split_features(output, given)
+        shown = [images.distinct[i] for i in encoded]
+        shown += images.company(adapter.config, encoded)
+        parts, store.join[kind] = adapter.family.split_features(output, shown)
         for image, part in zip(encoded, parts[: len(encoded)], strict=True):
             fresh[image] = store.put(image, part)
     return store.join[kind]([fresh[i] if i in fresh else store.get(i) for i in ids])

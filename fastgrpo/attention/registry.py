@@ -169,18 +169,9 @@ def _group_attention(fallback: str) -> Callable:
         **kwargs,
     ):
         if fg_layout is None:
+            kwargs |= {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
             kwargs |= {} if softcap is None else {"softcap": softcap}
-            return _stock(fallback, module)(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                scaling=scaling,
-                dropout=dropout,
-                sliding_window=sliding_window,
-                **kwargs,
-            )
+            return _stock(fallback, module)(module, query, key, value, attention_mask, **kwargs)
         if softcap is not None:
             raise InputError(f"attention scores capped by {softcap} are not served in a packed row")
         _check_call(query, key, attention_mask, dropout, fg_layout)

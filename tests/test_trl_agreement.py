@@ -2,6 +2,7 @@
 """The trainer logs what TRL logs: options, families, wrappers, evaluation."""
 
 import pytest
+import torch
 
 pytest.importorskip("trl")
 
@@ -131,3 +132,30 @@ def test_evaluation_during_training(checkpoint, tmp_path):
         for key in ("eval_reward", "eval_kl", "eval_entropy", "eval_completions/mean_length"):
             if key in b:
                 assert a[key] == pytest.approx(b[key], rel=1e-4)
+
+
+def test_what_checkpointing_recomputes_changes_no_bit(checkpoint, tmp_path):
+    calls, norms, weights = {}, {}, {}
+    for keep in (True, False):
+        trainer = build_trainer(
+            FastGRPOTrainer,
+            checkpoint,
+            tmp_path / str(keep),
+            fast={"keep_activations": keep},
+            rows=IMAGES,
+            gradient_checkpointing=True,
+            max_steps=3,
+        )
+        calls[keep] = 0
+
+        def count(module, *_, keep=keep):
+            calls[keep] += module.training
+
+        last = trainer.model.model.language_model.layers[-1]
+        last.mlp.act_fn.register_forward_hook(count)
+        trainer.train()
+        norms[keep] = [step["grad_norm"] for step in steps_of(trainer)]
+        weights[keep] = trainer.model.state_dict()
+    assert calls[True] < calls[False]
+    assert norms[True] == norms[False]
+    assert all(torch.equal(x, weights[False][name]) for name, x in weights[True].items())

@@ -6,8 +6,9 @@ exactly C tokens, a reference model, TRL's defaults, gradient checkpointing amon
 one micro-batch but where the shape says otherwise. Each trainer trains in a process of its own,
 from the same weights with the same seed; its first step, which also runs the self-check, is not
 measured, the median of the following ones is. Reading the rows of a batch from the data set is not
-in it, and the same for all. `error` is the relative difference of the first gradient norm above 0
-from TRL's, on the same completions: the samplers take the same random numbers.
+in it, and the same for all. The peak of memory is that of all steps. `error` is the relative
+difference of the first gradient norm above 0 from TRL's, on the same completions: the samplers take
+the same random numbers.
 
 Proportions on a CPU ("full"), in multiply-adds of the 480-image-token prompt, beside Qwen2.5-VL-3B:
 width 256 and 6 layers (2048 and 36), the tower's share 61 % (46 %: one layer in four attends to
@@ -39,6 +40,7 @@ import torch
 from bench_step import SHAPES as MODELS
 
 from fastgrpo.testing import models as tm
+from fastgrpo.testing.memory import held_bytes, resident_bytes
 from fastgrpo.testing.processors import tiny_processor, tiny_tokenizer
 
 PHASES = ("generation", "scoring", "loss", "optimizer")
@@ -113,6 +115,25 @@ class Phases:
                 return original(*args, **kwargs)
 
         setattr(owner, method, watched)
+
+
+class StepMemory:
+    """What a process holds between steps, and the most it had, in MiB.
+
+    On the CPU the peak is of the resident set, above its size at the start.
+    """
+
+    def __init__(self):
+        self.cuda = torch.cuda.is_available()
+        if not self.cuda:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+            self.start = resident_bytes()
+
+    def figures(self) -> dict[str, float]:
+        held = held_bytes() / 2**20
+        if self.cuda:
+            return {"held MiB": held, "peak MiB": torch.cuda.max_memory_allocated() / 2**20}
+        return {"held MiB": held, "peak MiB": (resident_bytes("VmHWM") - self.start) / 2**20}
 
 
 @dataclass
@@ -203,9 +224,17 @@ def variants() -> dict[str, type]:
     return {"TRL": GRPOTrainer, "fastgrpo": FastGRPOTrainer, "fastgrpo, per-token loss": PerToken}
 
 
-def steps(cls: type, job: Job, output: Path, count: int) -> tuple[list[dict], list[float]]:
-    """Seconds by phase, `whole` included, of `count` steps after the first, and the gradient norms
-    of all."""
+class Run(NamedTuple):
+    """Seconds by phase, `whole` included, of the steps after the first, the gradient norms of all,
+    and `StepMemory`'s figures."""
+
+    seconds: list[dict]
+    norms: list[float]
+    memory: dict[str, float]
+
+
+def steps(cls: type, job: Job, output: Path, count: int) -> Run:
+    """`count` steps after the first."""
     from transformers import TrainerCallback
 
     from fastgrpo.testing.trl import build_trainer, steps_of
@@ -224,6 +253,7 @@ def steps(cls: type, job: Job, output: Path, count: int) -> tuple[list[dict], li
                 pass
             measured.append(phases.seconds | {"whole": sum(phases.seconds.values())})
 
+    memory = StepMemory()
     trainer = build_trainer(
         cls,
         job.folder,
@@ -248,16 +278,16 @@ def steps(cls: type, job: Job, output: Path, count: int) -> tuple[list[dict], li
     ):
         phases.watch(trainer, method, name)
     trainer.train()
-    return measured[1:], [step["grad_norm"] for step in steps_of(trainer)]
+    return Run(measured[1:], [s["grad_norm"] for s in steps_of(trainer)], memory.figures())
 
 
-def steps_alone(variant: str, *args) -> tuple[list[dict], list[float]]:
+def steps_alone(variant: str, *args) -> Run:
     """`steps` in a process of its own: no trainer works in the heap that another left."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(_steps_of, variant, torch.get_num_threads(), *args).result()
 
 
-def _steps_of(variant: str, threads: int, *args) -> tuple[list[dict], list[float]]:
+def _steps_of(variant: str, threads: int, *args) -> Run:
     torch.set_num_threads(threads)
     return steps(variants()[variant], *args)
 
@@ -329,20 +359,19 @@ def rows(args: argparse.Namespace) -> list[common.Row]:
 
 
 def _measured(name: str, shape: Shape, size: str, args) -> list[common.Row]:
-    runs: dict[str, list[dict[str, float]]] = {}
-    norms: dict[str, list[float]] = {}
+    runs: dict[str, Run] = {}
     with tempfile.TemporaryDirectory() as scratch:
         job = prepare(Path(scratch) / "model", shape, size, args.device)
         for variant in variants():
             output = Path(scratch) / "out"
-            runs[variant], norms[variant] = steps_alone(variant, job, output, args.rounds)
+            runs[variant] = steps_alone(variant, job, output, args.rounds)
         floor = floors(job, args.rounds)
     medians = {
         variant: {
-            phase: statistics.median(run.get(phase, 0.0) for run in done)
+            phase: statistics.median(step.get(phase, 0.0) for step in run.seconds)
             for phase in (*PHASES, "rest", "whole")
         }
-        for variant, done in runs.items()
+        for variant, run in runs.items()
     }
     return [
         common.Row(
@@ -350,7 +379,8 @@ def _measured(name: str, shape: Shape, size: str, args) -> list[common.Row]:
             f"{name}, {shape.new_tokens} new, {size}",
             variant,
             seconds["whole"] * 1e3,
-            error=_difference(norms[variant], norms["TRL"]) if variant != "TRL" else None,
+            peak_mib=runs[variant].memory["peak MiB"],
+            error=_difference(runs[variant].norms, runs["TRL"].norms) if variant != "TRL" else None,
             note="one optimizer step, reference model, every parameter trained",
             extra=_figures(seconds, floor, medians["TRL"]["whole"]),
         )

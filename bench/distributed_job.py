@@ -8,14 +8,13 @@ import time
 from pathlib import Path
 
 import torch
-from bench_whole_step import Shape, settings
+from bench_whole_step import Shape, StepMemory, settings
 from PIL import Image
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from fastgrpo.integrations.trl import FastGRPOTrainer
 from fastgrpo.testing import cpu_processes
-from fastgrpo.testing.memory import held_bytes, resident_bytes
 from fastgrpo.testing.trl import build_trainer
 
 if not torch.cuda.is_available():
@@ -33,7 +32,7 @@ def measure(kind: str, job: str, output: str) -> None:
         for prompt, path in zip(job["prompts"], job["images"], strict=True)
     ]
     world, rank = (int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", "1"), ("RANK", "0")))
-    memory = Memory()
+    memory = StepMemory()
     watch = Stopwatch()
     trainer = build_trainer(
         TRAINERS[kind],
@@ -62,22 +61,3 @@ class Stopwatch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         self.seconds.append(time.perf_counter() - self.began)
-
-
-class Memory:
-    """What this process holds between steps, and the most it had, in MiB.
-
-    On the CPU the peak is of the resident set, above its size at the start.
-    """
-
-    def __init__(self):
-        self.cuda = torch.cuda.is_available()
-        if not self.cuda:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-            self.start = resident_bytes()
-
-    def figures(self) -> dict[str, float]:
-        held = held_bytes() / 2**20
-        if self.cuda:
-            return {"held MiB": held, "peak MiB": torch.cuda.max_memory_allocated() / 2**20}
-        return {"held MiB": held, "peak MiB": (resident_bytes("VmHWM") - self.start) / 2**20}

@@ -89,6 +89,13 @@ def test_bytes_are_those_that_the_layer_leaves_for_backward():
     assert hidden.grad is not None and not layer._forward_hooks
 
 
+def test_a_layer_without_backward_holds_nothing_either_way():
+    layer = Layer(8, 24).requires_grad_(False)
+    meter = activations._Measured(layer)
+    layer(torch.randn(5, 8))
+    assert meter.ran and meter.given == meter.kept == 0
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5", "gemma3", "qwen2"])
 def test_gradients_are_the_same_bits_and_fewer_layers_run_twice(family):
     model = tm.tiny_model(family).train()

@@ -83,7 +83,7 @@ def kept_activations(adapter: Adapter, row: PackedRow, store: FeatureStore) -> I
             meter.remove()
     units = {id(layer): stack.units for stack in stacks for layer in stack.layers}
     for kind, meter in zip(unknown, measured, strict=True):
-        if meter.given:
+        if meter.ran:
             n = units[id(meter.layer)]
             costs[kind] = Cost(meter.given / n, meter.kept / n)
 
@@ -160,19 +160,21 @@ def _recomputes(module: nn.Module) -> bool:
 def _kind(layer: nn.Module) -> Kind:
     return (
         *(type(module) for module in layer.modules()),
-        *(parameter.shape for parameter in layer.parameters()),
+        *((parameter.shape, parameter.requires_grad) for parameter in layer.parameters()),
     )
 
 
 class _Measured:
     """Counts the bytes that a layer's forward leaves for its backward.
 
-    `given` are those of its first argument, `kept` those of the tensors made in it.
+    `given` are those of its first argument, `kept` those of the tensors made in it: none of a layer
+    that has no backward.
     """
 
     def __init__(self, layer: nn.Module):
         self.layer = layer
         self.given = self.kept = 0
+        self.ran = False
         self._hooks = [
             layer.register_forward_pre_hook(self._begin, with_kwargs=True),
             layer.register_forward_hook(self._end, always_call=True),
@@ -193,8 +195,11 @@ class _Measured:
             self.kept += saved.untyped_storage().nbytes()
         return saved.detach()
 
-    def _end(self, *_) -> None:
+    def _end(self, layer, args, output) -> None:
         self._saving.__exit__(None, None, None)
+        self.ran = True
+        if not any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(output)):
+            self.given = self.kept = 0
 
     def remove(self) -> None:
         for hook in self._hooks:

@@ -7,14 +7,21 @@ tiny vision-language model can be trained through a real chat template and a rea
 
 from __future__ import annotations
 
+import transformers
+from packaging.version import Version
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PretrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedTokenizerFast, ProcessorMixin, processing_utils
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from fastgrpo.models.family import Family
 from fastgrpo.models.registry import families
 
 CHARACTERS = "0123456789[](),.<>/?: \nabcdefghijklmnopqrstuvwxyzA+-"
 PAD, EOS, START, UNKNOWN = "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|unknown|>"
+
+if Version(transformers.__version__) < Version("5.23"):
+    # It reads no saved image processor without torchvision, PIL's neither, which do not use it.
+    processing_utils.transformers_module.AutoImageProcessor = AutoImageProcessor
 
 
 def _family(config: PretrainedConfig) -> Family:

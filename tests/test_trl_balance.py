@@ -8,6 +8,7 @@ pytest.importorskip("trl")
 from trl_runs import SAME_ROWS, compare  # noqa: E402
 
 from fastgrpo.integrations.trl import FastGRPOTrainer  # noqa: E402
+from fastgrpo.testing.models import tiny_config  # noqa: E402
 from fastgrpo.testing.trl import build_trainer, save_checkpoint, steps_of  # noqa: E402
 
 TEXT = [{"prompt": [{"role": "user", "content": f"find {i}"}]} for i in range(8)]
@@ -41,6 +42,9 @@ def test_equals_trl(checkpoint, tmp_path, case):
 
 def test_a_mixture_of_a_vision_language_model(tmp_path):
     checkpoint = save_checkpoint(tmp_path / "model", "qwen3_vl_moe")
+    text = tiny_config("qwen3_vl_moe").text_config
+    if not hasattr(text, "output_router_logits"):  # transformers 5.17
+        pytest.skip("TRL balances the routers of a model whose config can return their logits")
     compare(checkpoint, tmp_path, ("fused",), router_aux_loss_coef=0.5, max_steps=1)
 
 

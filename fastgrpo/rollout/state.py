@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgrpo.attention.prefix_cpu import flash_cpu
 from fastgrpo.attention.registry import get_backend
 from fastgrpo.rollout.recurrent import ForksStates, RecordsStates, States
 
@@ -58,6 +59,8 @@ class DecodeState(ForksStates):
         self.lengths = lengths.to(sample.device)
         column = torch.arange(sample.shape[2], device=sample.device)
         self.column, self.padding = column, column >= self.lengths[:, None]  # (P, L)
+        hidden = torch.zeros_like(self.padding, dtype=sample.dtype)
+        self.padding_mask = hidden.masked_fill(self.padding, float("-inf"))[:, None, None]
         self.own = [
             tuple(x.new_empty(self.total, x.shape[1], steps, x.shape[3]) for x in layer)
             for layer in self.prefix
@@ -69,6 +72,8 @@ class DecodeState(ForksStates):
         self.calls += 1
         own_key, own_value = self.own[layer]
         own_key[:, :, t], own_value[:, :, t] = key, value
+        if window is None and query.device.type == "cpu" and query.dtype == torch.float32:
+            return self._flash(query, layer, scale)
         own = slice(self._first(window), t + 1)
         prefix_key, prefix_value = self.prefix[layer]
         q = (query * scale).unflatten(1, (prefix_key.shape[1], -1))  # (B, K, R, D)
@@ -86,6 +91,18 @@ class DecodeState(ForksStates):
         out = self._of_rows(far.to(query.dtype) @ prefix_value)
         out += near.to(query.dtype) @ own_value[:, :, own]
         return (out / total).to(query.dtype).flatten(1, 2)
+
+    def _flash(self, query: Tensor, layer: int, scale: float) -> Tensor:
+        """`attend` in fewer passes: both parts by flash attention, merged by log-sum-exp."""
+        keys, values = self.prefix[layer]
+        own_keys, own_values = (x[:, :, : self.steps_done + 1] for x in self.own[layer])
+        q = query.unflatten(1, (keys.shape[1], -1))
+        mask = self.padding_mask if self.ragged else None
+        far = flash_cpu(self._of_prompts(q), keys, values, 0.0, attn_mask=mask, scale=scale)
+        far, far_lse = map(self._of_rows, far)
+        near, near_lse = flash_cpu(q, own_keys, own_values, 0.0, scale=scale)
+        share = torch.sigmoid(near_lse - far_lse)[..., None]
+        return torch.lerp(far, near, share).flatten(1, 2)
 
     def _of_prompts(self, x: Tensor) -> Tensor:
         """(B, K, R, ...) -> (P, K, G R, ...): the rows that share a prompt's keys."""

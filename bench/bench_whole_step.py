@@ -4,11 +4,11 @@
 A Qwen2.5-VL built from a config (a Qwen2 for the shape of text alone), P prompts, G completions of
 exactly C tokens, a reference model, TRL's defaults, gradient checkpointing among them; all rows are
 one micro-batch but where the shape says otherwise. Each trainer trains in a process of its own,
-from the same weights with the same seed; its first step, which also runs the self-check, is not
-measured, the median of the following ones is. Reading the rows of a batch from the data set is not
-in it, and the same for all. The peak of memory is that of all steps. `error` is the relative
-difference of the first gradient norm above 0 from TRL's, on the same completions: the samplers take
-the same random numbers.
+from the same weights with the same seed, and they take turns step by step: a step meets the machine
+as it is then. The first step, which also runs the self-check, is not measured, the median of the
+following ones is. Reading the rows of a batch from the data set is not in it, and the same for all.
+The peak of memory is that of all steps. `error` is the relative difference of the first gradient
+norm above 0 from TRL's, on the same completions: the samplers take the same random numbers.
 
 Proportions on a CPU ("full"), in multiply-adds of the 480-image-token prompt, beside Qwen2.5-VL-3B:
 width 256 and 6 layers (2048 and 36), the tower's share 61 % (46 %: one layer in four attends to
@@ -32,6 +32,7 @@ from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from typing import NamedTuple
 
@@ -233,8 +234,15 @@ class Run(NamedTuple):
     memory: dict[str, float]
 
 
-def steps(cls: type, job: Job, output: Path, count: int) -> Run:
-    """`count` steps after the first."""
+class Turn(NamedTuple):
+    """A process's gate, and that of the one whose turn is next."""
+
+    own: Semaphore
+    following: Semaphore
+
+
+def steps(cls: type, job: Job, output: Path, count: int, turn: Turn) -> Run:
+    """`count` steps after the first, each when it is this process's turn."""
     from transformers import TrainerCallback
 
     from fastgrpo.testing.trl import build_trainer, steps_of
@@ -246,12 +254,15 @@ def steps(cls: type, job: Job, output: Path, count: int) -> Run:
             phases.watch(optimizer, "step", "optimizer")
 
         def on_step_begin(self, args, state, control, **kwargs):
+            turn.own.acquire()
             phases.restart()
 
         def on_step_end(self, args, state, control, **kwargs):
             with phases.phase("rest"):
                 pass
             measured.append(phases.seconds | {"whole": sum(phases.seconds.values())})
+            if state.global_step <= count:
+                turn.following.release()
 
     memory = StepMemory()
     trainer = build_trainer(
@@ -278,18 +289,33 @@ def steps(cls: type, job: Job, output: Path, count: int) -> Run:
     ):
         phases.watch(trainer, method, name)
     trainer.train()
-    return Run(measured[1:], [s["grad_norm"] for s in steps_of(trainer)], memory.figures())
+    run = Run(measured[1:], [s["grad_norm"] for s in steps_of(trainer)], memory.figures())
+    turn.following.release()
+    return run
 
 
-def steps_alone(variant: str, *args) -> Run:
-    """`steps` in a process of its own: no trainer works in the heap that another left."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_steps_of, variant, torch.get_num_threads(), *args).result()
+def in_turns(job: Job, scratch: Path, count: int) -> dict[str, Run]:
+    """`steps` of every variant, each in a process of its own, so that no trainer works in the heap
+    that another left, and one at a time, so that all meet the machine as it is at the time."""
+    context, names = multiprocessing.get_context("spawn"), list(variants())
+    gates = [context.Semaphore(int(i == 0)) for i in range(len(names))]
+    with contextlib.ExitStack() as pools:
+        runs = {}
+        for i, name in enumerate(names):
+            turn = (gates[i], gates[(i + 1) % len(gates)])
+            pool = ProcessPoolExecutor(1, context, _start, (torch.get_num_threads(), turn))
+            pools.enter_context(pool)
+            runs[name] = pool.submit(_steps_of, name, job, scratch / f"out-{i}", count)
+        return {name: run.result() for name, run in runs.items()}
 
 
-def _steps_of(variant: str, threads: int, *args) -> Run:
+def _start(threads: int, turn: tuple) -> None:
     torch.set_num_threads(threads)
-    return steps(variants()[variant], *args)
+    _steps_of.turn = Turn(*turn)
+
+
+def _steps_of(variant: str, job: Job, output: Path, count: int) -> Run:
+    return steps(variants()[variant], job, output, count, _steps_of.turn)
 
 
 def floors(job: Job, repeats: int) -> dict[str, float]:
@@ -359,12 +385,9 @@ def rows(args: argparse.Namespace) -> list[common.Row]:
 
 
 def _measured(name: str, shape: Shape, size: str, args) -> list[common.Row]:
-    runs: dict[str, Run] = {}
     with tempfile.TemporaryDirectory() as scratch:
         job = prepare(Path(scratch) / "model", shape, size, args.device)
-        for variant in variants():
-            output = Path(scratch) / "out"
-            runs[variant] = steps_alone(variant, job, output, args.rounds)
+        runs = in_turns(job, Path(scratch), args.rounds)
         floor = floors(job, args.rounds)
     medians = {
         variant: {

@@ -72,10 +72,11 @@ class DecodeState(ForksStates):
         self.calls += 1
         own_key, own_value = self.own[layer]
         own_key[:, :, t], own_value[:, :, t] = key, value
-        if window is None and query.device.type == "cpu" and query.dtype == torch.float32:
+        prefix_key, prefix_value = self.prefix[layer]
+        dtypes = {x.dtype for x in (query, prefix_key, prefix_value)}  # autocast mixes them
+        if window is None and query.device.type == "cpu" and dtypes == {torch.float32}:
             return self._flash(query, layer, scale)
         own = slice(self._first(window), t + 1)
-        prefix_key, prefix_value = self.prefix[layer]
         q = (query * scale).unflatten(1, (prefix_key.shape[1], -1))  # (B, K, R, D)
         far = self._of_prompts(q) @ prefix_key.transpose(2, 3)  # (P, K, G R, L)
         if (hidden := self._hidden(window)) is not None:

@@ -16,13 +16,13 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastgrpo.engine.parallel import fsdp2_units, is_zero3
+from fastgrpo.engine.parallel import in_shards
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.ops.linear.memory import free_bytes
 from fastgrpo.packing.row import PackedRow
@@ -53,6 +53,10 @@ class Stack:
     units: int
     padded: int
 
+    @cached_property
+    def kinds(self) -> list[Kind]:
+        return [_kind(layer) for layer in self.layers]
+
 
 _costs: weakref.WeakKeyDictionary[nn.Module, dict[Kind, Cost]] = weakref.WeakKeyDictionary()
 
@@ -68,10 +72,17 @@ def kept_activations(adapter: Adapter, row: PackedRow, store: FeatureStore) -> I
     """
     stacks = _stacks(adapter, row, store) if _serves(adapter) else []
     costs = _costs.setdefault(adapter.core, {})
-    kept = layers_to_keep(stacks, costs, _available(adapter.device)) if stacks else []
-    unknown = {_kind(x): x for stack in stacks for x in stack.layers if _kind(x) not in costs}
-    measured = [_Measured(layer) for layer in unknown.values()]
-    kept += unknown.values()
+    kept = []
+    if stacks:
+        kept = layers_to_keep(stacks, costs, _FREE_SHARE * free_bytes(adapter.device))
+    last = {
+        kind: (layer, stack.units)
+        for stack in stacks
+        for kind, layer in zip(stack.kinds, stack.layers, strict=True)
+        if kind not in costs
+    }
+    unknown = {kind: (_Measured(layer), units) for kind, (layer, units) in last.items()}
+    kept += [meter.layer for meter, _ in unknown.values()]
     for layer in kept:
         layer.gradient_checkpointing = False
     try:
@@ -79,13 +90,11 @@ def kept_activations(adapter: Adapter, row: PackedRow, store: FeatureStore) -> I
     finally:
         for layer in kept:
             layer.gradient_checkpointing = True
-        for meter in measured:
+        for meter, _ in unknown.values():
             meter.remove()
-    units = {id(layer): stack.units for stack in stacks for layer in stack.layers}
-    for kind, meter in zip(unknown, measured, strict=True):
+    for kind, (meter, units) in unknown.items():
         if meter.ran:
-            n = units[id(meter.layer)]
-            costs[kind] = Cost(meter.given / n, meter.kept / n)
+            costs[kind] = Cost(meter.given / units, meter.kept / units)
 
 
 def layers_to_keep(
@@ -102,7 +111,7 @@ def layers_to_keep(
     """
     padded, inputs, largest, before = 0.0, 0.0, 0.0, 0.0
     for stack in stacks:
-        known = [costs[kind] for kind in map(_kind, stack.layers) if kind in costs]
+        known = [costs[kind] for kind in stack.kinds if kind in costs]
         given = sum(cost.given for cost in known)
         kept = max((cost.kept for cost in known), default=0.0)
         before += stack.padded * given
@@ -112,11 +121,10 @@ def layers_to_keep(
     budget = min(padded - inputs - largest, available)
     found = []
     for stack in reversed(stacks):
-        for layer in reversed(stack.layers):
-            cost = costs.get(_kind(layer))
-            if cost is None:
+        for layer, kind in zip(reversed(stack.layers), reversed(stack.kinds), strict=True):
+            if kind not in costs:
                 continue
-            budget -= stack.units * (cost.kept - cost.given)
+            budget -= stack.units * (costs[kind].kept - costs[kind].given)
             if budget < 0:
                 return found
             found.append(layer)
@@ -124,9 +132,7 @@ def layers_to_keep(
 
 
 def _serves(adapter: Adapter) -> bool:
-    if not (torch.is_grad_enabled() and adapter.core.training):
-        return False
-    if fsdp2_units(adapter.core) or is_zero3(adapter.core):
+    if not (torch.is_grad_enabled() and adapter.core.training) or in_shards(adapter.core):
         return False
     modules = adapter.root.modules()
     return not any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules)
@@ -208,13 +214,3 @@ class _Measured:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _available(device: torch.device) -> float:
-    """Bytes that activations may take beside what is there."""
-    if device.type == "cuda":
-        return _FREE_SHARE * free_bytes(device)
-    memory = Path("/proc/meminfo")
-    lines = memory.read_text().splitlines() if memory.exists() else []
-    free = next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:")), 0)
-    return _FREE_SHARE * free

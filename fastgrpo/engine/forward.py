@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.engine.activations import kept_activations
-from fastgrpo.engine.parallel import busiest, distributed, fsdp2_units, is_zero3
+from fastgrpo.engine.parallel import busiest, distributed, in_shards
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.head import (
@@ -119,8 +119,8 @@ def _encoder_calls(adapter: Adapter, row: PackedRow, ids: list[int]) -> list[lis
     On a CPU, whose caches the activations of many would leave, one by one, small ones together;
     not with weights in shards, where a call is a collective.
     """
-    sharded = fsdp2_units(adapter.core) or is_zero3(adapter.core)
-    if not ids or adapter.device.type != "cpu" or not adapter.family.varlen_tower or sharded:
+    one_by_one = adapter.device.type == "cpu" and adapter.family.varlen_tower
+    if not (ids and one_by_one) or in_shards(adapter.core):
         return [ids] if ids else []
     calls: list[list[int]] = []
     size = _CALL_ON_CPU

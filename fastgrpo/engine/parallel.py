@@ -41,6 +41,11 @@ def fsdp2_units(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def in_shards(model: nn.Module) -> bool:
+    """Whether each process keeps a shard of the weights: a module's call is a collective then."""
+    return bool(fsdp2_units(model)) or is_zero3(model)
+
+
 @contextlib.contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
     """Inside, an FSDP2 model's weights are whole in every process and its forwards not collective.

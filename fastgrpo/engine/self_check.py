@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.engine.forward import feature_store
-from fastgrpo.engine.parallel import distributed, fsdp2_units, is_zero3
+from fastgrpo.engine.parallel import distributed, in_shards
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing.group import Group
@@ -75,7 +75,7 @@ def check_gradients(
         for name, p in adapter.core.named_parameters()
         if p.requires_grad and (images or id(p) not in own)
     ]
-    own_backward = fsdp2_units(adapter.root) or is_zero3(adapter.core)
+    own_backward = in_shards(adapter.root)
     own_backward = own_backward or any(p._post_accumulate_grad_hooks for _, p in named)
     if not named or own_backward:
         return  # gradients that a wrapper reduces, or an optimizer takes, as they arrive

@@ -59,8 +59,9 @@ class DecodeState(ForksStates):
         self.lengths = lengths.to(sample.device)
         column = torch.arange(sample.shape[2], device=sample.device)
         self.column, self.padding = column, column >= self.lengths[:, None]  # (P, L)
-        hidden = torch.zeros_like(self.padding, dtype=sample.dtype)
-        self.padding_mask = hidden.masked_fill(self.padding, float("-inf"))[:, None, None]
+        seen = torch.zeros_like(self.padding, dtype=sample.dtype)
+        added = seen.masked_fill_(self.padding, float("-inf"))[:, None, None]
+        self.added_mask = added if self.ragged else None
         self.own = [
             tuple(x.new_empty(self.total, x.shape[1], steps, x.shape[3]) for x in layer)
             for layer in self.prefix
@@ -98,8 +99,9 @@ class DecodeState(ForksStates):
         keys, values = self.prefix[layer]
         own_keys, own_values = (x[:, :, : self.steps_done + 1] for x in self.own[layer])
         q = query.unflatten(1, (keys.shape[1], -1))
-        mask = self.padding_mask if self.ragged else None
-        far = flash_cpu(self._of_prompts(q), keys, values, 0.0, attn_mask=mask, scale=scale)
+        far = flash_cpu(
+            self._of_prompts(q), keys, values, 0.0, attn_mask=self.added_mask, scale=scale
+        )
         far, far_lse = map(self._of_rows, far)
         near, near_lse = flash_cpu(q, own_keys, own_values, 0.0, scale=scale)
         share = torch.sigmoid(near_lse - far_lse)[..., None]

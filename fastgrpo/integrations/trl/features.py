@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastgrpo.engine.parallel import fsdp2_units, is_zero3
+from fastgrpo.engine.parallel import in_shards
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing.vision import KeptFeatures
 
@@ -30,7 +30,7 @@ class FeatureMixin:
         """The features that passes of `model` may use and add to, if any."""
         policy = Adapter(self.accelerator.unwrap_model(self.model))
         own = Adapter(model).core is policy.core
-        if self._features is None or fsdp2_units(policy.core) or is_zero3(policy.core):
+        if self._features is None or in_shards(policy.core):
             return None
         if not policy.features_are_constant() or not (own or self._reference_shares(policy)):
             return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from fastgrpo.engine.parallel import fsdp2_units, is_zero3
+from fastgrpo.engine.parallel import in_shards
 from fastgrpo.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def load_renamed(model: nn.Module, checkpoint: str | Path) -> bool:
     reads FSDP's or DeepSpeed's files, is right then. `InputError` where the checkpoint is of
     another model, which that warning would pass too.
     """
-    if not isinstance(model, PreTrainedModel) or fsdp2_units(model) or is_zero3(model):
+    if not isinstance(model, PreTrainedModel) or in_shards(model):
         return False
     stored, own = stored_names(checkpoint), model.state_dict()
     for name in model._keys_to_ignore_on_save or ():

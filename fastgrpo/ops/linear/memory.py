@@ -4,6 +4,8 @@
 Letters: N rows, V vocabulary.
 """
 
+from pathlib import Path
+
 import torch
 
 from fastgrpo.ops.select import constant_when_compiled
@@ -52,6 +54,12 @@ def keeps(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that an allocation can still get, with what the allocator holds unused."""
+    """Memory that an allocation can still get: of a GPU with what the allocator holds unused, of
+    the host what Linux says (0 elsewhere)."""
+    if device.type != "cuda":
+        said = Path("/proc/meminfo")
+        lines = said.read_text().splitlines() if said.exists() else ()
+        kib = (int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
+        return next(kib, 0) * 1024
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused

@@ -32,7 +32,7 @@ from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.synchronize import Semaphore
+from multiprocessing.managers import AcquirerProxy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,10 +41,11 @@ import torch
 from bench_step import SHAPES as MODELS
 
 from fastgrpo.testing import models as tm
-from fastgrpo.testing.memory import held_bytes, resident_bytes
+from fastgrpo.testing.memory import StepMemory
 from fastgrpo.testing.processors import tiny_processor, tiny_tokenizer
 
 PHASES = ("generation", "scoring", "loss", "optimizer")
+_LONGEST_TURN = 1800  # seconds: a trainer that failed passes no turn on
 VOCABULARY = {"full": 2048}  # by size, where it is not that of bench_step
 
 
@@ -116,25 +117,6 @@ class Phases:
                 return original(*args, **kwargs)
 
         setattr(owner, method, watched)
-
-
-class StepMemory:
-    """What a process holds between steps, and the most it had, in MiB.
-
-    On the CPU the peak is of the resident set, above its size at the start.
-    """
-
-    def __init__(self):
-        self.cuda = torch.cuda.is_available()
-        if not self.cuda:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-            self.start = resident_bytes()
-
-    def figures(self) -> dict[str, float]:
-        held = held_bytes() / 2**20
-        if self.cuda:
-            return {"held MiB": held, "peak MiB": torch.cuda.max_memory_allocated() / 2**20}
-        return {"held MiB": held, "peak MiB": (resident_bytes("VmHWM") - self.start) / 2**20}
 
 
 @dataclass
@@ -237,8 +219,8 @@ class Run(NamedTuple):
 class Turn(NamedTuple):
     """A process's gate, and that of the one whose turn is next."""
 
-    own: Semaphore
-    following: Semaphore
+    own: AcquirerProxy
+    following: AcquirerProxy
 
 
 def steps(cls: type, job: Job, output: Path, count: int, turn: Turn) -> Run:
@@ -254,7 +236,8 @@ def steps(cls: type, job: Job, output: Path, count: int, turn: Turn) -> Run:
             phases.watch(optimizer, "step", "optimizer")
 
         def on_step_begin(self, args, state, control, **kwargs):
-            turn.own.acquire()
+            if not turn.own.acquire(timeout=_LONGEST_TURN):
+                raise TimeoutError("the trainers before this one have not ended their step")
             phases.restart()
 
         def on_step_end(self, args, state, control, **kwargs):
@@ -298,24 +281,20 @@ def in_turns(job: Job, scratch: Path, count: int) -> dict[str, Run]:
     """`steps` of every variant, each in a process of its own, so that no trainer works in the heap
     that another left, and one at a time, so that all meet the machine as it is at the time."""
     context, names = multiprocessing.get_context("spawn"), list(variants())
-    gates = [context.Semaphore(int(i == 0)) for i in range(len(names))]
-    with contextlib.ExitStack() as pools:
+    with context.Manager() as manager, contextlib.ExitStack() as pools:
+        gates = [manager.Semaphore(int(i == 0)) for i in range(len(names))]
         runs = {}
         for i, name in enumerate(names):
-            turn = (gates[i], gates[(i + 1) % len(gates)])
-            pool = ProcessPoolExecutor(1, context, _start, (torch.get_num_threads(), turn))
-            pools.enter_context(pool)
-            runs[name] = pool.submit(_steps_of, name, job, scratch / f"out-{i}", count)
+            pool = pools.enter_context(ProcessPoolExecutor(1, context))
+            turn = Turn(gates[i], gates[(i + 1) % len(gates)])
+            told = (torch.get_num_threads(), name, job, scratch / f"out-{i}", count, turn)
+            runs[name] = pool.submit(_steps_of, *told)
         return {name: run.result() for name, run in runs.items()}
 
 
-def _start(threads: int, turn: tuple) -> None:
+def _steps_of(threads: int, variant: str, *args) -> Run:
     torch.set_num_threads(threads)
-    _steps_of.turn = Turn(*turn)
-
-
-def _steps_of(variant: str, job: Job, output: Path, count: int) -> Run:
-    return steps(variants()[variant], job, output, count, _steps_of.turn)
+    return steps(variants()[variant], *args)
 
 
 def floors(job: Job, repeats: int) -> dict[str, float]:

@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 
 import torch
-from bench_whole_step import Shape, StepMemory, settings
+from bench_whole_step import Shape, settings
 from PIL import Image
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from fastgrpo.integrations.trl import FastGRPOTrainer
 from fastgrpo.testing import cpu_processes
+from fastgrpo.testing.memory import StepMemory
 from fastgrpo.testing.trl import build_trainer
 
 if not torch.cuda.is_available():

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 import fastgrpo as fg
+from fastgrpo.models.join import join
 from fastgrpo.packing import GroupLayout, plan_rows, regroup
+from fastgrpo.packing.host import first_equal
 from fastgrpo.testing import models as tm
 
 pytestmark = pytest.mark.engine
@@ -267,3 +269,40 @@ def test_images_of_another_dtype_are_cast_as_the_model_does():
         model, [fg.Group(g.prompt_ids, g.completions, dict(g.vision, pixel_values=pixels))]
     )
     assert torch.equal(a.logp[0], b.logp[0])
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_items_are_equal_in_every_element_or_not_at_all():
+    plain = torch.zeros(64 * 50, 4)
+    late = plain.clone()
+    late[-1, -1] = 1.0  # between the elements that choose candidates
+    nan = torch.full_like(plain, float("nan"))
+    kinds = [plain, late, nan, plain.double(), plain.view(4, -1), plain[:0], plain.bfloat16()]
+    # as strided views and as copies; never next to their equals
+    items = [{"pixels": x} for x in (*kinds, *(x.clone() for x in kinds), late.T.clone().T)]
+    first = [0, 1, 2, 3, 4, 5, 6, 0, 1, 9, 3, 4, 5, 6, 1]
+    assert first_equal(items) == first
+    named = [{"pixels": plain}, {"pixels": plain, "grid": ids(1)}, {"other": plain}]
+    assert first_equal(named) == [0, 1, 2]
+
+
+def test_one_piece_and_neighbours_are_joined_without_a_copy():
+    pixels = torch.rand(6, 5)
+    one, two, three = pixels.split(2)
+    assert join([one]) is one
+    both = join([two, three])
+    assert both.data_ptr() == two.data_ptr() and torch.equal(both, pixels[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_pixels_are_joined_as_cat_does(dtype):
+    image = torch.rand(600, 1024).to(dtype)  # above what is given huge pages
+    for pieces in ([image, image, image[:7]], [image.T.contiguous().T, image.clone()]):
+        joined = join(pieces)
+        assert torch.equal(joined, torch.cat(pieces)) and joined.dtype == dtype
+        assert joined._base is None  # whose rows are joined without a copy again
+    grads = [torch.rand(1100, 1024, requires_grad=True) for _ in range(2)]
+    join(grads).sum().backward()
+    assert all((x.grad == 1).all() for x in grads)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.errors import InputError
+from fastgrpo.models.join import join
 
 # What a processor returns beside the inputs that describe images.
 TEXT_OUTPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
@@ -177,7 +178,7 @@ class Family:
 
     def join_images(self, images: Sequence[Vision]) -> Vision:
         """The tower's inputs for these images, or videos: what was split, together."""
-        return {key: torch.cat([image[key] for image in images]) for key in images[0]}
+        return {key: join([image[key] for image in images]) for key in images[0]}
 
     def company(self, config, images: Sequence[Vision]) -> list[Vision]:
         """What is encoded beside these images, where the model's own code fails on so few."""

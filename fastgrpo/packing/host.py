@@ -43,8 +43,8 @@ def first_equal(items: Sequence[Mapping[str, Tensor]]) -> list[int]:
     """For each item the index of the first that equals it in names, dtypes, shapes and elements.
 
     On the host, items that equal the one before them, as a group's do, are found by that comparison
-    alone. For the others checksums find candidates and comparisons decide; a device is read once
-    for each.
+    alone. For the others some elements, on a device checksums, find candidates and comparisons
+    decide; a device is read once for each.
     """
     first = list(range(len(items)))
     for i in range(1, len(items)):
@@ -69,10 +69,15 @@ def _equal_on_host(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 def _first_among(items: Sequence[Mapping[str, Tensor]]) -> list[int]:
     named = [sorted(item.items()) for item in items]
-    sums = host_copies([x.sum(dtype=torch.float64) for item in named for _, x in item])
+    away = [x for item in named for _, x in item if not on_host(x)]
+    sums = host_copies([x.sum(dtype=torch.float64) for x in away])
     sums = iter(torch.stack(sums).tolist() if sums else ())
     keys = [
-        tuple((name, x.dtype, tuple(x.shape), next(sums)) for name, x in item) for item in named
+        tuple(
+            (name, x.dtype, tuple(x.shape), _some_bytes(x) if on_host(x) else next(sums))
+            for name, x in item
+        )
+        for item in named
     ]
     seen: dict[tuple, int] = {}
     candidates = [seen.setdefault(key, i) for i, key in enumerate(keys)]
@@ -82,7 +87,7 @@ def _first_among(items: Sequence[Mapping[str, Tensor]]) -> list[int]:
         if same:
             first[i] = c
             continue
-        # equal checksums of different contents: rare enough to be looked at one by one
+        # candidates of different contents: rare enough to be looked at one by one
         others = (j for j in range(c + 1, i) if keys[j] == keys[i] and first[j] == j)
         first[i] = next((j for j in others if _equal(items, [(i, j)])[0]), i)
     return first
@@ -90,16 +95,25 @@ def _first_among(items: Sequence[Mapping[str, Tensor]]) -> list[int]:
 
 def _equal(items: Sequence[Mapping[str, Tensor]], pairs: Sequence[tuple[int, int]]) -> list[bool]:
     """Whether the two items of each pair, whose shapes agree, hold the same."""
-    flags = [
-        (nth, (x == items[j][name]).all())
-        for nth, (i, j) in enumerate(pairs)
-        for name, x in items[i].items()
-        if not _same_memory(x, items[j][name])
-    ]
-    equal = [True] * len(pairs)
+    equal, flags = [True] * len(pairs), []
+    for nth, (i, j) in enumerate(pairs):
+        for name, x in items[i].items():
+            other = items[j][name]
+            if _same_memory(x, other):
+                continue
+            if on_host(x):
+                equal[nth] &= torch.equal(x, other)
+            else:
+                flags.append((nth, (x == other).all()))
     for (nth, _), same in zip(flags, host_copies([flag for _, flag in flags]), strict=True):
         equal[nth] &= bool(same)
     return equal
+
+
+def _some_bytes(x: Tensor) -> bytes:
+    """Up to 64 elements from all over a tensor of the host."""
+    flat = x.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 64)][:64].contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -12,6 +12,7 @@ from fastgrpo.integrations.trl.distinct import distinct_rows
 from fastgrpo.integrations.trl.rows import plan_micro_batches
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.frames import frame_columns, model_frame
+from fastgrpo.models.join import neighbours
 
 
 class BatchMixin:
@@ -111,23 +112,10 @@ def take_rows(batch: dict, order: list[int]) -> dict:
 
 def join_pixel_values(batch: dict) -> dict:
     """TRL's `unsplit_pixel_values_by_grid`, which copies nothing that lies in memory as it is."""
-    whole = {key: _joined(value) for key, value in batch.items() if isinstance(value, list)}
+    lists = {key: value for key, value in batch.items() if isinstance(value, list) and value}
+    whole = {
+        key: neighbours(pieces)
+        for key, pieces in lists.items()
+        if all(isinstance(piece, Tensor) for piece in pieces)
+    }
     return unsplit_pixel_values(batch | {k: v for k, v in whole.items() if v is not None})
-
-
-def _joined(pieces: list) -> Tensor | None:
-    """One tensor's pieces, which follow one another in it, as a view of it; None for others."""
-    if not pieces or not all(isinstance(piece, Tensor) for piece in pieces):
-        return None
-    whole = pieces[0]._base
-    if whole is None or not whole.is_contiguous() or whole.numel() == 0:
-        return None
-    first, rest = divmod(pieces[0].storage_offset() - whole.storage_offset(), whole.stride(0))
-    stop = first
-    for piece in pieces:
-        offset = whole.storage_offset() + stop * whole.stride(0)
-        same_rows = piece.shape[1:] == whole.shape[1:] and piece.stride() == whole.stride()
-        if rest or piece._base is not whole or not same_rows or piece.storage_offset() != offset:
-            return None
-        stop += len(piece)
-    return whole[first:stop]

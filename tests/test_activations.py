@@ -52,13 +52,25 @@ def costs_of(*pairs):
 )
 def test_as_many_layers_as_the_padded_step_would_hold(padded, kept):
     decoder = stack(4, 2, 10, padded)
-    found = layers_to_keep([decoder], costs_of((decoder, 1, 5)), float("inf"))
+    found, _ = layers_to_keep([decoder], costs_of((decoder, 1, 5)), float("inf"))
     assert found == decoder.layers[::-1][:kept]
 
 
 def test_no_more_than_the_memory_that_is_free():
     decoder = stack(4, 2, 10, 1000)
-    assert len(layers_to_keep([decoder], costs_of((decoder, 1, 5)), 125.0)) == 3
+    found, left = layers_to_keep([decoder], costs_of((decoder, 1, 5)), 125.0)
+    assert len(found) == 3 and left == 5.0
+
+
+def test_what_is_left_is_spare_for_what_goes_on():
+    # The row may hold 20 * (4 * 1 + 5) - 10 * (4 * 1 + 5) = 90: two layers take 40 each.
+    decoder = stack(4, 2, 10, 20)
+    costs = costs_of((decoder, 1, 5))
+    found, left = layers_to_keep([decoder], costs, float("inf"))
+    assert len(found) == 2 and left == 10.0
+    found, left = layers_to_keep([decoder], costs, float("inf"), spare=35.0)
+    assert len(found) == 3 and left == 5.0
+    assert layers_to_keep([decoder], costs, 30.0, spare=35.0) == ([], 30.0)
 
 
 def test_the_decoder_keeps_first_and_the_peak_of_both_counts():
@@ -68,15 +80,15 @@ def test_the_decoder_keeps_first_and_the_peak_of_both_counts():
     # layers take 3 * 10 * 4, and two of the tower's 2 * 10 * 8.
     tower, decoder = stack(2, 4, 10, 40), stack(3, 2, 10, 20)
     costs = costs_of((tower, 1, 9), (decoder, 1, 5))
-    found = layers_to_keep([tower, decoder], costs, float("inf"))
+    found, _ = layers_to_keep([tower, decoder], costs, float("inf"))
     assert found == [*decoder.layers[::-1], *tower.layers[::-1]]
-    less = layers_to_keep([tower, decoder], costs, 250.0)
+    less, _ = layers_to_keep([tower, decoder], costs, 250.0)
     assert less == [*decoder.layers[::-1], tower.layers[-1]]
 
 
 def test_a_kind_of_layer_that_never_ran_is_recomputed():
     decoder = stack(4, 2, 10, 1000)
-    assert layers_to_keep([decoder], {}, float("inf")) == []
+    assert layers_to_keep([decoder], {}, float("inf"))[0] == []
 
 
 def test_bytes_are_those_that_the_layer_leaves_for_backward():

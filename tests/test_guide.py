@@ -78,7 +78,8 @@ def test_every_refusal_has_a_topic_and_stands_on_the_page():
     assert not missing, f"run `make guide`: {missing}"
     assert sum(len(texts) for _, texts in topics) > 300
     for topic, _ in topics:
-        assert topic["remedy"].strip(), topic["title"]
+        remedy = topic["remedy"].strip()
+        assert remedy and remedy in page, topic["title"]
 
 
 def test_messages_are_found_in_every_form_they_are_raised_in(tmp_path, monkeypatch):

@@ -294,15 +294,3 @@ def test_one_piece_and_neighbours_are_joined_without_a_copy():
     assert join([one]) is one
     both = join([two, three])
     assert both.data_ptr() == two.data_ptr() and torch.equal(both, pixels[2:])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_pixels_are_joined_as_cat_does(dtype):
-    image = torch.rand(600, 1024).to(dtype)  # above what is given huge pages
-    for pieces in ([image, image, image[:7]], [image.T.contiguous().T, image.clone()]):
-        joined = join(pieces)
-        assert torch.equal(joined, torch.cat(pieces)) and joined.dtype == dtype
-        assert joined._base is None  # whose rows are joined without a copy again
-    grads = [torch.rand(1100, 1024, requires_grad=True) for _ in range(2)]
-    join(grads).sum().backward()
-    assert all((x.grad == 1).all() for x in grads)

@@ -147,7 +147,7 @@ def _plan(layout) -> Plan:
         prefixes: list[Prefix] = []
         buckets: dict[int, list[tuple[int, int]]] = {}
         for start, end, prefix_start, prefix_end in layout.segments:
-            if end > start:
+            if end > start and (prefix_end > prefix_start or not layout.continued):
                 # segments within a factor of two of each other share a padded batch
                 buckets.setdefault((end - start).bit_length(), []).append((start, end - start))
             if end > start and prefix_end > prefix_start:

@@ -8,6 +8,7 @@ config. With a layout among the forward's keyword arguments they attend by it; w
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -176,7 +177,8 @@ def _group_attention(fallback: str) -> Callable:
             raise InputError(f"attention scores capped by {softcap} are not served in a packed row")
         _check_call(query, key, attention_mask, dropout, fg_layout)
         # A rollout's state attends by itself; a GroupLayout names a backend.
-        attend = getattr(fg_layout, "attend", None) or _attend_of(fg_layout)
+        own = getattr(fg_layout, "attend", None)
+        attend = functools.partial(own, module) if own else _attend_of(fg_layout)
         out = attend(
             query[0].transpose(0, 1),
             key[0].transpose(0, 1),

@@ -87,6 +87,9 @@ class FastGRPOConfig(RenamedConfig):
     keep_activations: bool = _option(
         True, "Checkpointing recomputes only what TRL's memory for the step would not hold."
     )
+    keep_prompts: bool = _option(
+        True, "The loss goes on from what the rollout computed of prompts and images."
+    )
     max_generation_batches: int = _option(
         1, "Above 1: groups without a gradient give way to fresh prompts, up to so many batches."
     )

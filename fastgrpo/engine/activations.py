@@ -62,9 +62,10 @@ _costs: weakref.WeakKeyDictionary[nn.Module, dict[Kind, Cost]] = weakref.WeakKey
 
 
 @contextlib.contextmanager
-def kept_activations(adapter: Adapter, row: PackedRow, store: FeatureStore) -> Iterator[None]:
+def kept_activations(adapter: Adapter, row: PackedRow, store: FeatureStore) -> Iterator[float]:
     """Inside, a forward of `row` with gradient recomputes only what takes more memory than the
-    padded step that recomputes everything, or than half of what is free.
+    padded step that recomputes everything, and `row.spare`, or than half of what is free. Yields
+    the bytes that are left, for what goes on from this row.
 
     A layer's bytes are measured in the first forward that runs one of its kind. Reentrant
     checkpointing, compiled models, and weights in shards, where a layer's call is a collective,
@@ -72,9 +73,10 @@ def kept_activations(adapter: Adapter, row: PackedRow, store: FeatureStore) -> I
     """
     stacks = _stacks(adapter, row, store) if _serves(adapter) else []
     costs = _costs.setdefault(adapter.core, {})
-    kept = []
+    kept, left = [], 0.0
     if stacks:
-        kept = layers_to_keep(stacks, costs, _FREE_SHARE * free_bytes(adapter.device))
+        free = _FREE_SHARE * free_bytes(adapter.device)
+        kept, left = layers_to_keep(stacks, costs, free, row.spare)
     last = {
         kind: (layer, stack.units)
         for stack in stacks
@@ -86,7 +88,7 @@ def kept_activations(adapter: Adapter, row: PackedRow, store: FeatureStore) -> I
     for layer in kept:
         layer.gradient_checkpointing = False
     try:
-        yield
+        yield left
     finally:
         for layer in kept:
             layer.gradient_checkpointing = True
@@ -98,16 +100,17 @@ def kept_activations(adapter: Adapter, row: PackedRow, store: FeatureStore) -> I
 
 
 def layers_to_keep(
-    stacks: list[Stack], costs: dict[Kind, Cost], available: float
-) -> list[nn.Module]:
-    """The last layers whose activations fit beside the inputs of the others.
+    stacks: list[Stack], costs: dict[Kind, Cost], available: float, spare: float = 0.0
+) -> tuple[list[nn.Module], float]:
+    """The last layers whose activations fit beside the inputs of the others, and the bytes left.
 
     With sum x over a stack's layers and a of its largest, the padded step holds at most
 
         max_s (sum over this stack and those before it of r n x + r n_s a_s),
 
     the row that recomputes everything sum n x + max_s n_s a_s, and each kept layer adds n (a - x).
-    `stacks`: in the order of the forward; backward frees the last one first.
+    There may be `spare` bytes more, and `available` at most. `stacks`: in the order of the forward;
+    backward frees the last one first.
     """
     padded, inputs, largest, before = 0.0, 0.0, 0.0, 0.0
     for stack in stacks:
@@ -118,30 +121,34 @@ def layers_to_keep(
         padded = max(padded, before + stack.padded * kept)
         inputs += stack.units * given
         largest = max(largest, stack.units * kept)
-    budget = min(padded - inputs - largest, available)
+    budget = min(padded - inputs - largest + spare, available)
     found = []
     for stack in reversed(stacks):
         for layer, kind in zip(reversed(stack.layers), reversed(stack.kinds), strict=True):
             if kind not in costs:
                 continue
-            budget -= stack.units * (costs[kind].kept - costs[kind].given)
-            if budget < 0:
-                return found
+            needed = stack.units * (costs[kind].kept - costs[kind].given)
+            if needed > budget:
+                return found, max(budget, 0.0)
+            budget -= needed
             found.append(layer)
-    return found
+    return found, budget
 
 
 def _serves(adapter: Adapter) -> bool:
     if not (torch.is_grad_enabled() and adapter.core.training) or in_shards(adapter.core):
         return False
-    modules = adapter.root.modules()
-    return not any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules)
+    return not compiled(adapter.root)
+
+
+def compiled(root: nn.Module) -> bool:
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in root.modules())
 
 
 def _stacks(adapter: Adapter, row: PackedRow, store: FeatureStore) -> list[Stack]:
     """The tower's layers, where it runs, and the decoder's."""
     decoder = set(adapter.core.get_decoder().modules())
-    layers = [m for m in adapter.core.modules() if _recomputes(m)]
+    layers = [m for m in adapter.core.modules() if recomputes(m)]
     stacks = []
     encoded = store.missing(row.image_ids)
     if encoded:
@@ -154,13 +161,19 @@ def _stacks(adapter: Adapter, row: PackedRow, store: FeatureStore) -> list[Stack
     return [stack for stack in stacks if stack.layers]
 
 
-def _recomputes(module: nn.Module) -> bool:
+def recomputes(module: nn.Module) -> bool:
+    """Whether it is a layer that is computed again in backward, and not reentrantly."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    if not (isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing):
-        return False
+    checkpointing = getattr(module, "gradient_checkpointing", False)
+    layer = isinstance(module, GradientCheckpointingLayer)
+    return layer and checkpointing and not reentrant(module)
+
+
+def reentrant(module: nn.Module) -> bool:
+    """Whether a module that checkpoints, or its layers, may do so reentrantly."""
     options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-    return options.get("use_reentrant") is False
+    return options.get("use_reentrant") is not False
 
 
 def _kind(layer: nn.Module) -> Kind:

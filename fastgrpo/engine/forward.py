@@ -43,11 +43,11 @@ def forward_row(
     """
 
     def project(hidden: Tensor) -> Tensor:
-        kept = row.layout.keep_rows
+        kept = row.inputs["logits_to_keep"]
         if hidden.shape[1] != len(kept):  # a model that does not know logits_to_keep
             hidden = hidden.index_select(1, kept)
         # (1, U, D) distinct predicting rows -> (N, D): the prompt's last row serves G completions
-        hidden = gather_rows(hidden[0], row.layout.predictors())
+        hidden = gather_rows(row.predicting(hidden[0]), row.layout.predictors())
         # A fresh tensor, not a view: FSDP's hook on the output would be lost with a view.
         return torch.stack([head(*under_autocast(hidden, *effective_head(adapter.head)))])
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastgrpo.advantages.perception import quantile_mask
 from fastgrpo.engine.balance import RouterBalance
+from fastgrpo.engine.continuation import KeptPrompts
 from fastgrpo.engine.forward import extra_forwards, feature_store, forward_row
 from fastgrpo.engine.score import GroupScores, pack
 from fastgrpo.errors import InputError
@@ -206,12 +207,14 @@ def loss_of_groups(
     placeholders: str = "refuse",
     balance: RouterBalance | None = None,
     features: KeptFeatures | None = None,
+    prompts: KeptPrompts | None = None,
 ) -> StepLoss:
     """The loss of `groups` as one tensor whose backward gives every gradient.
 
     (For a loop that calls backward itself; `GRPOStep` does so row by row.) The log-probs and
     entropies it returns are constants. The denominators are those of the optimizer step. `balance`
-    as in `score`: its loss is the caller's to add. `features`: as there.
+    as in `score`: its loss is the caller's to add. `features`: as there. `prompts`: those of the
+    rollout, which rows of completions go on from; a balance needs them in the row.
     """
     groups = hosted(groups)
     rows = pack(
@@ -221,6 +224,8 @@ def loss_of_groups(
         max_tokens=max_tokens,
         placeholders=placeholders,
     )
+    if prompts is not None and balance is None:
+        rows = prompts.continued(rows)
     if loss.obj.top_entropy_quantile < 1.0 and len(rows) > 1:
         raise InputError(
             f"top_entropy_quantile={loss.obj.top_entropy_quantile} ranks the tokens of the whole "

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.engine.activations import kept_activations
+from fastgrpo.engine.continuation import KeptPrompts
 from fastgrpo.engine.forward import feature_store, row_images
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.head import effective_head, replaced_head, under_autocast
@@ -33,10 +37,22 @@ def next_token_logits(
     """
     adapter = Adapter(model)
     logits: list[Tensor | None] = [None] * len(groups)
-    for _, members, last in prompt_passes(adapter, groups, max_tokens, backend, token_ids):
-        for i, value in zip(members, last, strict=True):
+    for step in prompt_passes(adapter, groups, max_tokens, backend, token_ids):
+        for i, value in zip(step.members, step.logits, strict=True):
             logits[i] = value
     return torch.stack(logits) if logits else torch.zeros(0, len(token_ids or ()))
+
+
+class PromptPass(NamedTuple):
+    """One forward of some prompts: the row, its groups' indices, the logits of the token after each
+    (rows, V or K), the hidden states they come from (rows, D), and the bytes of activations left to
+    what goes on from it."""
+
+    row: PackedRow
+    members: list[int]
+    logits: Tensor
+    hidden: Tensor
+    spare: float
 
 
 def prompt_passes(
@@ -47,11 +63,14 @@ def prompt_passes(
     token_ids: Sequence[int] | None = None,
     observe=lambda layout: layout,
     features: KeptFeatures | None = None,
-) -> Iterator[tuple[PackedRow, list[int], Tensor]]:
-    """One forward per row of prompts: the row, its groups' indices, (rows, V or K) last logits.
+    kept: KeptPrompts | None = None,
+    copies: int = 1,
+) -> Iterator[PromptPass]:
+    """The forwards of all prompts.
 
     `observe(layout)` may put something in the layout's place that attends for it. `features`: as
-    in `score`.
+    in `score`. For `kept` they have gradients, and keep activations as a training forward does that
+    has each prompt `copies` times where rows are padded.
     """
     chosen, groups = adapter.prepare(backend), hosted(groups)
     for group in groups:
@@ -59,26 +78,45 @@ def prompt_passes(
     parts = [Part(group, [], []) for group in groups]
     index = {id(part): i for i, part in enumerate(parts)}
     images = Images(adapter.family, groups)
+    plan = [[part] for part in parts] if kept and kept.apart else plan_rows(parts, max_tokens)
     rows = [
-        (PackedRow(adapter, members, groups, chosen, images=images, neutral_id=None), members)
-        for members in plan_rows(parts, max_tokens)
+        PackedRow(adapter, members, groups, chosen, images=images, neutral_id=None)
+        for members in plan
     ]
-    store = feature_store([row for row, _ in rows], detach=False, kept=features)
-    for row, members in rows:
+    store = feature_store(rows, detach=False, kept=features)
+    for row in rows:
+        if kept and kept.apart:
+            store = feature_store([row], detach=False, kept=features)
+        row.padded_tokens = copies * row.layout.total
+        row.padded_image_ids = copies * row.image_ids
         ends = row.layout.cu_q[1:].long() - 1
         inputs = row.inputs | {"logits_to_keep": ends, "fg_layout": observe(row.layout)}
-        with row_images(adapter, row, store) as vision:
-            last = keep_logits(adapter, inputs | vision, token_ids)
-        yield row, [index[id(part)] for part in members], last
+        hidden, spare = [], 0.0
+        with contextlib.ExitStack() as inside:
+            if kept:
+                inside.enter_context(torch.enable_grad())
+            if kept and kept.keep_activations:
+                spare = inside.enter_context(kept_activations(adapter, row, store))
+            vision = inside.enter_context(row_images(adapter, row, store))
+            last = keep_logits(adapter, inputs | vision, token_ids, hidden)
+        yield PromptPass(row, [index[id(part)] for part in row.parts], last, hidden[0], spare)
 
 
-def keep_logits(adapter: Adapter, inputs: dict, token_ids: Sequence[int] | None = None) -> Tensor:
-    """(rows, V or K) float32 logits of the rows that `inputs` asks the model to keep."""
+def keep_logits(
+    adapter: Adapter,
+    inputs: dict,
+    token_ids: Sequence[int] | None = None,
+    seen: list[Tensor] | None = None,
+) -> Tensor:
+    """(rows, V or K) float32 logits of the rows that `inputs` asks the model to keep; their hidden
+    states (rows, D) are appended to `seen`."""
 
     def project(hidden: Tensor) -> Tensor:
         kept = inputs.get("logits_to_keep")
         if kept is not None and hidden.shape[1] != len(kept):  # a model that does not know it
             hidden = hidden.index_select(1, kept)
+        if seen is not None:
+            seen.append(hidden[0])
         x, weight, bias = under_autocast(hidden, *effective_head(adapter.head))
         if token_ids is not None:
             ids = torch.as_tensor(list(token_ids), device=weight.device)

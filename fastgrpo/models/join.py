@@ -5,26 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
-
-_LARGE = 2**22  # bytes of a tensor from which on the kind of its pages matters
 
 
 def join(pieces: Sequence[Tensor]) -> Tensor:
     """`torch.cat(pieces)`; pieces of one tensor that follow one another in it are a view of it."""
     if len(pieces) == 1:
         return pieces[0]
-    if (lying := neighbours(pieces)) is not None:
-        return lying
-    size = sum(x.nbytes for x in pieces)
-    kinds = {(x.device.type, x.dtype, x.requires_grad) for x in pieces}
-    if size < _LARGE or kinds != {("cpu", torch.float32, False)}:
-        return torch.cat(pieces)
-    # numpy asks for huge pages: a fresh tensor's small ones take longer to come than to fill
-    whole = np.empty((sum(map(len, pieces)), *pieces[0].shape[1:]), np.float32)
-    return torch.cat(pieces, out=torch.from_numpy(whole))
+    lying = neighbours(pieces)
+    return torch.cat(pieces) if lying is None else lying
 
 
 def neighbours(pieces: Sequence[Tensor]) -> Tensor | None:

@@ -153,16 +153,18 @@ def _host_fields(group: Group, function: Callable[[Tensor], Tensor]) -> dict[str
     }
 
     def sizes(vision: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            key: x if x.is_floating_point() and x.ndim > 1 else function(x)
-            for key, x in vision.items()
-        }
+        return {key: x if are_pixels(x) else function(x) for key, x in vision.items()}
 
     inside = group.completion_vision
     return fields | {
         "vision": sizes(group.vision),
         "completion_vision": inside and [sizes(vision) for vision in inside],
     }
+
+
+def are_pixels(x: Tensor) -> bool:
+    """Whether an input of images is one that the host does not read."""
+    return x.is_floating_point() and x.ndim > 1
 
 
 def _check_vision(group: Group, what: str, vision: object) -> None:

@@ -34,13 +34,15 @@ class GroupLayout:
     `segments` are Python tuples (start, end, prefix_start, prefix_end) on the host; `backend`
     names the attention implementation that serves the row. `blocks` are the (start, end) of packed
     tokens inside a prompt that see one another in both directions, whatever a sliding window says:
-    an image's, or a whole prompt; with `local_blocks` only where there is a window, inside it. It
-    is a plain class on purpose: FSDP rebuilds dataclasses it finds among a module's arguments.
+    an image's, or a whole prompt; with `local_blocks` only where there is a window, inside it.
+    `continued`: nobody asks for what the prompts' queries find. It is a plain class on purpose:
+    FSDP rebuilds dataclasses it finds among a module's arguments.
     """
 
     __slots__ = (
         *(*_NARROW, *_WIDE, "total", "max_q", "max_k", "segments", "lengths", "backend", "blocks"),
         "local_blocks",
+        "continued",
         "cache",
     )
 
@@ -56,6 +58,7 @@ class GroupLayout:
         """`lengths`: for each group the prompt's length and those of its completions."""
         self.lengths = [(int(p), [int(c) for c in cs]) for p, cs in lengths]
         self.backend, self.cache, self.local_blocks = backend, {}, local_blocks
+        self.continued = False
         self.blocks = [(int(start), int(end)) for start, end in blocks]
         self.segments, offset = [], 0
         for prompt, completions in self.lengths:

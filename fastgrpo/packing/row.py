@@ -25,7 +25,8 @@ class PackedRow:
     order, `num_targets` how many of them have a loss, `members` the (group, completion) of each
     completion and `lengths` their lengths, `following` the position after each part's prompt.
     `image_ids` are its images, a prompt's once; `padded_tokens` and `padded_image_ids` those of a
-    batch with a row per completion, each as long as the longest.
+    batch with a row per completion, each as long as the longest; `spare`: bytes of activations that
+    what the row goes on from has left it of theirs.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class PackedRow:
         given. `neutral_id`: an image placeholder inside a completion is fed to the model as this
         token and has no loss; None: it is an `InputError`."""
         device = adapter.device
+        self.parts, self.groups = parts, groups
         self.members = [member for part in parts for member in part.members]
         self.lengths = [length for part in parts for length in part.lengths]
         layout = [(part.group.prompt_ids.numel(), part.lengths) for part in parts]
@@ -79,6 +81,11 @@ class PackedRow:
             self.padded_image_ids += shared * len(part.members) + own
         longest = max(prompt + max(lengths, default=0) for prompt, lengths in layout)
         self.padded_tokens = longest * len(self.members)
+        self.spare = 0.0
+
+    def predicting(self, hidden: Tensor) -> Tensor:
+        """(U, D) hidden states that predict a token, from those of the rows the model kept."""
+        return hidden
 
     @property
     def mask(self) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.engine.continuation import KeptPrompts
 from fastgrpo.engine.next_token import keep_logits, prompt_passes
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
@@ -45,6 +46,7 @@ def generate(
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     features: KeptFeatures | None = None,
+    prompts: KeptPrompts | None = None,
 ) -> list[Group]:
     """Sample `num_generations` completions of every group's prompt with the model as it is now.
 
@@ -60,8 +62,9 @@ def generate(
 
     `eos_token_id`: one id or several; None takes the model's generation config. `stop_strings` need
     the `tokenizer`. `seed` makes the result repeatable; None draws from the default generator.
-    `max_tokens`: the most prompt tokens encoded in one row. `features`: as in `score`. The model's
-    train mode is restored afterwards. Raises `InputError`.
+    `max_tokens`: the most prompt tokens encoded in one row. `features`: as in `score`. `prompts`
+    keeps what the model computed of them, with gradient (the model is in train mode then), for
+    `loss_of_groups`. The model's train mode is restored afterwards. Raises `InputError`.
     """
     _check_call(groups, num_generations, max_new_tokens)
     if not groups:
@@ -83,10 +86,12 @@ def generate(
     generator = None
     if seed is not None:
         generator = torch.Generator(adapter.device).manual_seed(seed)
-    with _evaluating(model):
+    options = {"max_tokens": max_tokens, "backend": backend, "features": features}
+    with _evaluating(model) if prompts is None else contextlib.nullcontext():
         state, logits, position = _prefill(
-            adapter, groups, num_generations, max_new_tokens, max_tokens, backend, features
+            adapter, groups, num_generations, max_new_tokens, kept=prompts, **options
         )
+    with _evaluating(model):
         progress = Progress(
             [group.prompt_ids for group in groups],
             num_generations,
@@ -109,7 +114,7 @@ def _check_call(groups: Sequence[Group], num_generations: int, max_new_tokens: i
             raise InputError(f"{group.name}: has completions already; generate fills empty groups")
 
 
-def _prefill(adapter, groups, num_generations, steps, max_tokens, backend, features):
+def _prefill(adapter, groups, num_generations, steps, *, kept: KeptPrompts | None, **options):
     """The decode state after all prompts, (B, V) logits of the first token, (B,) its position."""
     prefixes: list = [None] * len(groups)
     states: list = [None] * len(groups)
@@ -121,16 +126,20 @@ def _prefill(adapter, groups, num_generations, steps, max_tokens, backend, featu
         recorders.append(Prefill(layout))
         return recorders[-1]
 
-    passes = prompt_passes(adapter, groups, max_tokens, backend, observe=record, features=features)
-    for row, members, last in passes:
-        sizes = [groups[i].prompt_ids.numel() for i in members]
+    options |= {"observe": record, "kept": kept, "copies": num_generations}
+    for step in prompt_passes(adapter, groups, **options):
+        sizes = [groups[i].prompt_ids.numel() for i in step.members]
         recorded = recorders.pop()
+        recorded.recording = False
         layers = [(k.split(sizes), v.split(sizes)) for k, v in recorded.layers]
-        for n, i in enumerate(members):
+        if kept is not None:
+            prompts = [groups[i] for i in step.members]
+            kept.put(prompts, recorded.modules, recorded.layers, step.hidden, step.spare)
+        for n, i in enumerate(step.members):
             prefixes[i] = [(k[n], v[n]) for k, v in layers]
             states[i] = recorded.states_of(n)
-            logits[i] = last[n]
-            position[i] = row.following[n]
+            logits[i] = step.logits[n]
+            position[i] = step.row.following[n]
     state = DecodeState(prefixes, states, num_generations, steps)
     rows = torch.stack(logits).repeat_interleave(num_generations, 0)
     return state, rows, position.repeat_interleave(num_generations).to(adapter.device)

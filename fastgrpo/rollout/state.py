@@ -8,9 +8,8 @@ prompt, H query heads, K key heads, D head size, R = H / K.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastgrpo.attention.prefix_cpu import flash_cpu
 from fastgrpo.attention.registry import get_backend
 from fastgrpo.rollout.recurrent import ForksStates, RecordsStates, States
 
@@ -22,11 +21,17 @@ class Prefill(RecordsStates):
     def __init__(self, layout):
         super().__init__()
         self.layout, self.total = layout, layout.total
+        self.modules: list[nn.Module] = []
         self.layers: list[tuple[Tensor, Tensor]] = []
+        self.recording = True  # not where a checkpointed layer is computed again
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout, *, scale, window=None):
+    def attend(
+        self, module, query: Tensor, key: Tensor, value: Tensor, layout, *, scale, window=None
+    ):
         """The backend's attention over the prompts; called by the layers in order."""
-        self.layers.append((key, value))
+        if self.recording:
+            self.modules.append(module)
+            self.layers.append((key, value))
         attend = get_backend(self.layout.backend).attend
         return attend(query, key, value, self.layout, scale=scale, window=window)
 
@@ -51,61 +56,47 @@ class DecodeState(ForksStates):
         self.ragged = bool((lengths != lengths[0]).any())
         self.group_size, self.total = group_size, len(prefixes) * group_size
         self.steps_done, self.calls = 0, 0
-        self.prefix = [
-            tuple(_padded([layers[n][i] for layers in prefixes]) for i in (0, 1))
+        self.prefix = [  # keys (P, K, D, L), as a product with queries reads them, and values
+            (
+                _padded([layers[n][0] for layers in prefixes]).transpose(2, 3).contiguous(),
+                _padded([layers[n][1] for layers in prefixes]),
+            )
             for n in range(len(prefixes[0]))
         ]
-        sample = self.prefix[0][0]
+        sample = self.prefix[0][1]
         self.lengths = lengths.to(sample.device)
         column = torch.arange(sample.shape[2], device=sample.device)
         self.column, self.padding = column, column >= self.lengths[:, None]  # (P, L)
-        seen = torch.zeros_like(self.padding, dtype=sample.dtype)
-        added = seen.masked_fill_(self.padding, float("-inf"))[:, None, None]
-        self.added_mask = added if self.ragged else None
-        self.own = [
-            tuple(x.new_empty(self.total, x.shape[1], steps, x.shape[3]) for x in layer)
-            for layer in self.prefix
+        self.own = [  # (B, K, steps, D)
+            tuple(
+                x.new_empty(self.total, x.shape[1], steps, size)
+                for x, size in ((keys, keys.shape[2]), (values, values.shape[3]))
+            )
+            for keys, values in self.prefix
         ]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout, *, scale, window=None):
+    def attend(
+        self, module, query: Tensor, key: Tensor, value: Tensor, layout, *, scale, window=None
+    ):
         """(B, H, D) of this step's queries over prompt and own keys, this step's included."""
         layer, t = self.calls % len(self.prefix), self.steps_done
         self.calls += 1
         own_key, own_value = self.own[layer]
         own_key[:, :, t], own_value[:, :, t] = key, value
         prefix_key, prefix_value = self.prefix[layer]
-        dtypes = {x.dtype for x in (query, prefix_key, prefix_value)}  # autocast mixes them
-        if window is None and query.device.type == "cpu" and dtypes == {torch.float32}:
-            return self._flash(query, layer, scale)
         own = slice(self._first(window), t + 1)
-        q = (query * scale).unflatten(1, (prefix_key.shape[1], -1))  # (B, K, R, D)
-        far = self._of_prompts(q) @ prefix_key.transpose(2, 3)  # (P, K, G R, L)
+        q = (query * scale).unflatten(1, (own_key.shape[1], -1))  # (B, K, R, D)
+        far = self._of_prompts(q) @ prefix_key  # (P, K, G R, L)
         if (hidden := self._hidden(window)) is not None:
             far.masked_fill_(hidden[:, None, None], float("-inf"))
-        near = q @ own_key[:, :, own].transpose(2, 3)  # (B, K, R, t + 1)
-        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        far, near = far.to(wide), near.to(wide)
-        # One softmax over both parts: about their common maximum, which own keys keep finite.
-        top = torch.maximum(self._of_prompts(near.amax(-1, True)), far.amax(-1, True))
-        far.sub_(top).exp_()
-        near.sub_(self._of_rows(top)).exp_()
-        total = near.sum(-1, True) + self._of_rows(far.sum(-1, True))
-        out = self._of_rows(far.to(query.dtype) @ prefix_value)
-        out += near.to(query.dtype) @ own_value[:, :, own]
-        return (out / total).to(query.dtype).flatten(1, 2)
-
-    def _flash(self, query: Tensor, layer: int, scale: float) -> Tensor:
-        """`attend` in fewer passes: both parts by flash attention, merged by log-sum-exp."""
-        keys, values = self.prefix[layer]
-        own_keys, own_values = (x[:, :, : self.steps_done + 1] for x in self.own[layer])
-        q = query.unflatten(1, (keys.shape[1], -1))
-        far = flash_cpu(
-            self._of_prompts(q), keys, values, 0.0, attn_mask=self.added_mask, scale=scale
-        )
-        far, far_lse = map(self._of_rows, far)
-        near, near_lse = flash_cpu(q, own_keys, own_values, 0.0, scale=scale)
-        share = torch.sigmoid(near_lse - far_lse)[..., None]
-        return torch.lerp(far, near, share).flatten(1, 2)
+        near = self._of_prompts(q @ own_key[:, :, own].transpose(2, 3))  # (P, K, G R, t + 1)
+        scores = torch.cat([far, near], -1)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        share = scores.softmax(-1, dtype=wide).to(value.dtype)
+        far, near = share.split([far.shape[-1], near.shape[-1]], -1)
+        out = self._of_rows(far @ prefix_value)
+        out += self._of_rows(near) @ own_value[:, :, own]
+        return out.to(query.dtype).flatten(1, 2)
 
     def _of_prompts(self, x: Tensor) -> Tensor:
         """(B, K, R, ...) -> (P, K, G R, ...): the rows that share a prompt's keys."""

@@ -210,6 +210,7 @@ class LossMixin:
                 placeholders="neutralize",
                 balance=balance,
                 features=self._kept_features(model),
+                prompts=self._prompts,
                 **totals,
             )
 

@@ -8,10 +8,12 @@ import reprlib
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from trl.extras.profiling import profiling_context
 
+from fastgrpo.engine.continuation import KeptPrompts
 from fastgrpo.engine.parallel import is_zero3
 from fastgrpo.errors import InputError
 from fastgrpo.integrations.trl.attention import give_back_attention
@@ -38,6 +40,15 @@ _WITHOUT_EFFECT = frozenset(
 class RolloutMixin:
     """Samples in packed rows wherever they obey every setting; elsewhere TRL does, and is named."""
 
+    _prompts: KeptPrompts | None = None
+
+    def training_step(self, *args, **kwargs):
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            if self.accelerator.sync_gradients:  # the weights will be others
+                self._prompts = None
+
     def _generate_single_turn(
         self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False
     ):
@@ -52,6 +63,8 @@ class RolloutMixin:
             self.accelerator.autocast(),
             whole_policy(self) as model,
         ):
+            self._prompts = None  # frees what is left of another batch
+            self._prompts = self._keep_prompts(model)
             completion_ids = sample_rows(
                 model,
                 prompt_ids,
@@ -62,8 +75,23 @@ class RolloutMixin:
                 max_tokens=self.fast.max_tokens,
                 backend=self.fast.backend,
                 features=self._kept_features(model),
+                prompts=self._prompts,
             )
         return completion_ids, None
+
+    def _keep_prompts(self, model: nn.Module) -> KeptPrompts | None:
+        """What the first fused loss after this rollout needs not compute again; None where none
+        will ask, or an engine has hooks around the model's forward."""
+        fused = self._mode == "train" and not (self._per_token or self.aux_loss_enabled)
+        once = not self.tools and self.fast.max_generation_batches == 1
+        alone = self.accelerator.distributed_type == DistributedType.NO
+        adapter = Adapter(model)
+        if not (
+            self.fast.keep_prompts and fused and once and alone and KeptPrompts.serves(adapter)
+        ):
+            return None
+        apart = self.args.steps_per_generation > 1
+        return KeptPrompts(adapter, apart=apart, keep_activations=self.fast.keep_activations)
 
     def _packed_settings(self, has_tool_images: bool) -> GenerationConfig | None:
         """The settings to sample with in packed rows; None: TRL samples, and the log says why."""
@@ -159,13 +187,14 @@ def sample_rows(
     max_tokens: int | None = None,
     backend: str | None = None,
     features: KeptFeatures | None = None,
+    prompts: KeptPrompts | None = None,
 ) -> list[list[int]]:
     """One completion per row, in row order; rows with the same prompt and images are one group.
 
     `prompt_ids` and `fields` are those of TRL's `_generate_single_turn`, `settings` effective ones
-    that `unserved_setting` has passed. A completion ends with its first end token or with the
-    token that completes a stop string. Rows that are whole groups in order take the random numbers
-    that TRL's rows would take.
+    that `unserved_setting` has passed; the others are as in `generate`. A completion ends with its
+    first end token or with the token that completes a stop string. Rows that are whole groups in
+    order take the random numbers that TRL's rows would take.
     """
     # The processor leaves images as arrays or lists; TRL, too, makes tensors of them only here.
     family = Adapter(model).family
@@ -189,15 +218,16 @@ def sample_rows(
         by_size.setdefault(len(members), []).append(members)
     completions: list[list[int]] = [[] for _ in rows]
     for size, parts in by_size.items():
-        prompts = [Group(rows[m[0]].prompt_ids, [], rows[m[0]].vision) for m in parts]
+        groups = [Group(rows[m[0]].prompt_ids, [], rows[m[0]].vision) for m in parts]
         filled = generate(
             model,
-            prompts,
+            groups,
             size,
             tokenizer=tokenizer,
             max_tokens=max_tokens,
             backend=backend,
             features=features,
+            prompts=prompts,
             **_keywords(settings),
         )
         for members, group in zip(parts, filled, strict=True):

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prompts of a rollout, forwarded with their graph, as the first part of the loss's forward.
+
+While the weights are those that sampled, the loss needs of a prompt what the rollout computed: its
+keys and values in every layer and the hidden state that predicts the first token. A row whose
+prompts are kept runs its completions alone, and backward goes through both forwards.
+
+Letters: N completion tokens of a row of T, U distinct rows that predict one, P tokens of a prompt,
+H query heads, K key heads, D their size, or that of a hidden state.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.attention.registry import get_backend
+from fastgrpo.engine.activations import compiled, reentrant
+from fastgrpo.engine.parallel import in_shards
+from fastgrpo.models.adapter import Adapter
+from fastgrpo.packing.group import Group, are_pixels
+from fastgrpo.packing.host import device_copies, first_equal
+from fastgrpo.packing.layout import GroupLayout
+from fastgrpo.packing.row import PackedRow
+
+Layers = dict[nn.Module, tuple[Tensor, Tensor]]  # each layer's keys and values (P, K, D)
+
+
+class KeptPrompt(NamedTuple):
+    """`last` (D,) predicts the first token; prompts of one `graph` are differentiated together."""
+
+    group: Group
+    layers: Layers
+    last: Tensor
+    graph: int
+
+
+class KeptPrompts:
+    """What the rollout computed of its prompts, good until a weight changes.
+
+    `apart`: each prompt has a graph of its own, for losses that differentiate some of them at a
+    time; otherwise they share one, which the first loss uses up. `keep_activations`: see
+    `engine.activations`.
+    """
+
+    def __init__(self, adapter: Adapter, *, apart: bool, keep_activations: bool = False):
+        self.apart, self.keep_activations = apart, keep_activations
+        self._device = adapter.device
+        self._weights = [(p, p._version) for p in adapter.core.parameters()]
+        self._prompts: list[KeptPrompt] = []
+        self._spare: dict[int, float] = defaultdict(float)  # of each graph
+
+    @staticmethod
+    def serves(adapter: Adapter) -> bool:
+        """Whether the model's forward leaves all that a completion needs of its prompt in keys and
+        values, with their graph: reentrant checkpointing makes them without, recurrent layers have
+        states beside them, and shards are another engine's to gather."""
+        core = adapter.core
+        if not core.training or adapter.mixers or in_shards(core) or compiled(adapter.root):
+            return False
+        checkpointing = (m for m in core.modules() if getattr(m, "gradient_checkpointing", False))
+        return not any(map(reentrant, checkpointing))
+
+    def put(
+        self,
+        groups: Sequence[Group],
+        modules: Sequence[nn.Module],
+        layers: Sequence[tuple[Tensor, Tensor]],
+        hidden: Tensor,
+        spare: float,
+    ) -> None:
+        """Of one forward of these prompts: the keys and values (T, K, D) that each attention module
+        made of them all, the hidden state of each that predicts what follows, (prompts, D), and the
+        bytes of activations it has left."""
+        if len(set(modules)) < len(modules):  # which of its calls was it?
+            return
+        graph = len(self._prompts) if self.apart else 0
+        self._spare[graph] += spare
+        sizes = [group.prompt_ids.numel() for group in groups]
+        with torch.enable_grad():
+            split = [(keys.split(sizes), values.split(sizes)) for keys, values in layers]
+            lasts = hidden.unbind()
+        for n, group in enumerate(groups):
+            # pixels where the loss's are
+            vision = {
+                k: x.to(self._device) if are_pixels(x) else x for k, x in group.vision.items()
+            }
+            own = {m: (k[n], v[n]) for m, (k, v) in zip(modules, split, strict=True)}
+            kept = KeptPrompt(Group(group.prompt_ids.cpu(), [], vision), own, lasts[n], graph)
+            self._prompts.append(kept)
+
+    def continued(self, rows: Sequence[PackedRow]) -> list[PackedRow]:
+        """The rows, without their prompts where all of them are here.
+
+        A graph is differentiated once: with gradient enabled it is for these rows alone.
+        """
+        if any(p._version != version for p, version in self._weights):
+            self._prompts = []
+        if not self._prompts:
+            return list(rows)
+        parts = [part for row in rows for part in row.parts]
+        groups = [*(prompt.group for prompt in self._prompts), *(part.group for part in parts)]
+        images = first_equal([group.vision for group in groups])
+        keys = [(g.prompt_ids.numpy().tobytes(), i) for g, i in zip(groups, images, strict=True)]
+        kept = dict(zip(keys, self._prompts, strict=False))
+        wanted = iter(keys[len(self._prompts) :])
+        found, used = [], set()
+        for row in rows:
+            prompts = [kept.get(next(wanted)) for _ in row.parts]
+            if None not in prompts and not _shows_images(row):
+                graphs = {prompt.graph for prompt in prompts}
+                spare = sum(self._spare[graph] for graph in graphs - used)
+                row = ContinuedRow(row, prompts, spare)
+                used |= graphs
+            found.append(row)
+        if torch.is_grad_enabled():
+            self._prompts = [prompt for prompt in self._prompts if prompt.graph not in used]
+        return found
+
+
+def _shows_images(row: PackedRow) -> bool:
+    """Whether a completion has images of its own."""
+    return any(row.groups[g].vision_of(c) for g, c in row.members)
+
+
+class ContinuedRow(PackedRow):
+    """A packed row of completions alone, behind prompts that were forwarded before."""
+
+    def __init__(self, row: PackedRow, prompts: Sequence[KeptPrompt], spare: float):
+        vars(self).update(vars(row))
+        before = row.layout
+        self.layout = Continuation(before, prompts)
+        own = self.layout.own
+        self.inputs = row.inputs | {
+            "input_ids": row.inputs["input_ids"][..., own],
+            "position_ids": row.inputs["position_ids"][..., own],
+            "fg_layout": self.layout,
+            "logits_to_keep": torch.arange(self.layout.total, device=own.device),
+        }
+        # the prompts' forward has had the rest
+        self.spare = spare
+        self.image_ids, self.padded_image_ids = [], []
+        self.padded_tokens -= sum(prompt * len(lengths) for prompt, lengths in before.lengths)
+
+    def predicting(self, hidden: Tensor) -> Tensor:
+        return self.layout.with_prompts(hidden)
+
+
+class Continuation:
+    """Stands in for a GroupLayout where the row has no prompts: `own` are its tokens there."""
+
+    def __init__(self, layout: GroupLayout, prompts: Sequence[KeptPrompt]):
+        self.layout = copy.copy(layout)
+        self.layout.cache, self.layout.continued = {}, True
+        self.predictors = layout.predictors
+        self.sizes = [sum(lengths) for _, lengths in layout.lengths]
+        self.total = sum(self.sizes)
+        spans = [(start, end) for start, end, prefix, stop in layout.segments if stop > prefix]
+        own = torch.cat([torch.arange(start, end) for start, end in spans])
+        place = torch.zeros(layout.total, dtype=torch.int64)
+        place[own] = torch.arange(self.total)
+        ends = [end for _, end, prefix, stop in layout.segments if stop == prefix]
+        place[torch.tensor(ends) - 1] = torch.arange(self.total, self.total + len(prompts))
+        self.own, place = device_copies([own, place], layout.keep_rows.device)
+        self._where = place[layout.keep_rows]
+        self._lasts = torch.stack([prompt.last for prompt in prompts])
+        self._layers = {
+            module: [[prompt.layers[module][i] for prompt in prompts] for i in (0, 1)]
+            for module in prompts[0].layers
+        }
+
+    def with_prompts(self, hidden: Tensor) -> Tensor:
+        """(U, D) hidden states that predict a token, from those of the completions (N, D)."""
+        return torch.cat([hidden, self._lasts]).index_select(0, self._where)
+
+    def attend(self, module, query: Tensor, key: Tensor, value: Tensor, layout, **options):
+        """(N, H, D) of the completions' queries over the prompts' keys and their own."""
+        keys, values = self._layers[module]
+        unasked = [query.new_zeros(len(prompt), *query.shape[1:]) for prompt in keys]
+        whole = [self._whole(*x) for x in ((unasked, query), (keys, key), (values, value))]
+        out = get_backend(self.layout.backend).attend(*whole, self.layout, **options)
+        return out.index_select(0, self.own)
+
+    def _whole(self, prompts: list[Tensor], own: Tensor) -> Tensor:
+        """(T, H, D): each prompt, then its completions."""
+        pairs = zip(prompts, own.split(self.sizes), strict=True)
+        return torch.cat([x for pair in pairs for x in pair])

@@ -7,7 +7,7 @@ import torch
 import fastgrpo as fg
 from fastgrpo.models.join import join
 from fastgrpo.packing import GroupLayout, plan_rows, regroup
-from fastgrpo.packing.host import first_equal
+from fastgrpo.packing.host import first_equal, nobody_writes_to
 from fastgrpo.testing import models as tm
 
 pytestmark = pytest.mark.engine
@@ -286,6 +286,25 @@ def test_items_are_equal_in_every_element_or_not_at_all():
     assert first_equal(items) == first
     named = [{"pixels": plain}, {"pixels": plain, "grid": ids(1)}, {"other": plain}]
     assert first_equal(named) == [0, 1, 2]
+
+
+def test_parts_of_a_tensor_nobody_writes_to_are_compared_once(monkeypatch):
+    pixels = torch.zeros(8, 5)
+    pixels[4:] = 1.0
+    compared, equal = [], torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(1) or equal(a, b))
+
+    def firsts():
+        return first_equal([{"pixels": part} for part in pixels.split(2)])
+
+    for _ in range(2):  # others may write
+        assert firsts() == [0, 0, 2, 2]
+        pixels[4:] += 1.0
+    assert len(compared) == 6
+    nobody_writes_to(pixels)
+    assert firsts() == firsts() == [0, 0, 2, 2]
+    assert len(compared) == 9
+    assert first_equal([{"pixels": pixels[:3]}, {"pixels": pixels[1:4]}]) == [0, 0]
 
 
 def test_one_piece_and_neighbours_are_joined_without_a_copy():

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _ALIGN = 16  # bytes between the starts of two tensors in a buffer: any dtype can be viewed there
+_compared = WeakTensorKeyDictionary()  # of a tensor that nobody writes to: parts, and if they agree
 
 
 def on_host(x: Tensor) -> bool:
@@ -62,9 +64,24 @@ def _equal_on_host(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
         on_host(x)
         and on_host(b[name])
         and x.dtype == b[name].dtype
-        and (_same_memory(x, b[name]) or torch.equal(x, b[name]))
+        and (_same_memory(x, b[name]) or _same_contents(x, b[name]))
         for name, x in a.items()
     )
+
+
+def nobody_writes_to(x: Tensor) -> None:
+    """`first_equal` will compare two parts of this tensor of the host once."""
+    _compared[x] = {}
+
+
+def _same_contents(x: Tensor, other: Tensor) -> bool:
+    known = _compared.get(x._base) if x._base is not None and x._base is other._base else None
+    if known is None:
+        return torch.equal(x, other)
+    key = tuple((part.storage_offset(), part.shape, part.stride()) for part in (x, other))
+    if key not in known:
+        known[key] = torch.equal(x, other)
+    return known[key]
 
 
 def _first_among(items: Sequence[Mapping[str, Tensor]]) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.packing.host import first_equal
+from fastgrpo.packing.host import first_equal, nobody_writes_to
 
 
 @contextlib.contextmanager
@@ -157,6 +157,8 @@ class _VisionRows:
             self.before[1:] == (counts, number) and _equal(self.before[0], vision)
         ):
             self.repeated = self._repeat(fields, vision, counts, number)
+            for repeated in (self.repeated or {}).values():
+                nobody_writes_to(repeated)
             kept = {name: x.clone() for name, x in vision.items()}
             self.before = kept, counts, number
         return self.repeated

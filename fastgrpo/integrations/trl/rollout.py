@@ -9,7 +9,7 @@ import reprlib
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from trl.extras.profiling import profiling_context
 
@@ -199,9 +199,9 @@ def sample_rows(
     # The processor leaves images as arrays or lists; TRL, too, makes tensors of them only here.
     family = Adapter(model).family
     images = {
-        key: torch.as_tensor(np.asarray(fields[key]))
+        key: value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
         for key in family.vision_inputs
-        if fields.get(key) is not None
+        if (value := fields.get(key)) is not None
     }
     config = Adapter(model).config
     counts = num_images and family.image_counts(config, prompt_ids, images, num_images)

@@ -359,7 +359,8 @@ def _with_images(row: dict) -> list[dict]:
 def rows(args: argparse.Namespace) -> list[common.Row]:
     shapes = SMALL if args.small else SHAPES
     size = "small" if args.small else "cuda" if args.device == "cuda" else "full"
-    chosen = {name: shape for name, shape in shapes.items() if args.only in name}
+    names = [args.only] if args.only in shapes else [name for name in shapes if args.only in name]
+    chosen = {name: shapes[name] for name in names}
     return [row for name, shape in chosen.items() for row in _measured(name, shape, size, args)]
 
 
@@ -406,6 +407,6 @@ def _figures(seconds: dict, floor: dict, trl: float) -> dict[str, float]:
 if __name__ == "__main__":
     common.main(
         rows,
-        only=dict(default="", help="run only the shapes whose name has this in it"),
+        only=dict(default="", help="run only this shape, or those whose name has this in it"),
         rounds=dict(type=int, default=2, help="steps of each trainer, and floors, measured"),
     )

@@ -33,7 +33,7 @@ def rollout(model, *, apart=False, keep_activations=False, specs=SPECS, generati
     for group in prompts:
         group.advantages = None
     kept = KeptPrompts(Adapter(model), apart=apart, keep_activations=keep_activations)
-    given = dict(max_new_tokens=6, seed=0, eos_token_id=(3, 7, 11), prompts=kept)
+    given = dict(max_new_tokens=6, seed=0, eos_token_id=(3, 7, 11), keep=kept)
     groups = fg.generate(model, prompts, generations, **given)
     for i, group in enumerate(groups):
         group.advantages = torch.linspace(-1.0, 1.5, generations) + i

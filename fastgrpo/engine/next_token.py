@@ -63,13 +63,13 @@ def prompt_passes(
     token_ids: Sequence[int] | None = None,
     observe=lambda layout: layout,
     features: KeptFeatures | None = None,
-    kept: KeptPrompts | None = None,
+    keep: KeptPrompts | None = None,
     copies: int = 1,
 ) -> Iterator[PromptPass]:
     """The forwards of all prompts.
 
     `observe(layout)` may put something in the layout's place that attends for it. `features`: as
-    in `score`. For `kept` they have gradients, and keep activations as a training forward does that
+    in `score`. For `keep` they have gradients, and keep activations as a training forward does that
     has each prompt `copies` times where rows are padded.
     """
     chosen, groups = adapter.prepare(backend), hosted(groups)
@@ -78,14 +78,14 @@ def prompt_passes(
     parts = [Part(group, [], []) for group in groups]
     index = {id(part): i for i, part in enumerate(parts)}
     images = Images(adapter.family, groups)
-    plan = [[part] for part in parts] if kept and kept.apart else plan_rows(parts, max_tokens)
+    plan = [[part] for part in parts] if keep and keep.apart else plan_rows(parts, max_tokens)
     rows = [
         PackedRow(adapter, members, groups, chosen, images=images, neutral_id=None)
         for members in plan
     ]
     store = feature_store(rows, detach=False, kept=features)
     for row in rows:
-        if kept and kept.apart:
+        if keep and keep.apart:
             store = feature_store([row], detach=False, kept=features)
         row.padded_tokens = copies * row.layout.total
         row.padded_image_ids = copies * row.image_ids
@@ -93,9 +93,9 @@ def prompt_passes(
         inputs = row.inputs | {"logits_to_keep": ends, "fg_layout": observe(row.layout)}
         hidden, spare = [], 0.0
         with contextlib.ExitStack() as inside:
-            if kept:
+            if keep:
                 inside.enter_context(torch.enable_grad())
-            if kept and kept.keep_activations:
+            if keep and keep.keep_activations:
                 spare = inside.enter_context(kept_activations(adapter, row, store))
             vision = inside.enter_context(row_images(adapter, row, store))
             last = keep_logits(adapter, inputs | vision, token_ids, hidden)

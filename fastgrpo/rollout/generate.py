@@ -46,7 +46,7 @@ def generate(
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     features: KeptFeatures | None = None,
-    prompts: KeptPrompts | None = None,
+    keep: KeptPrompts | None = None,
 ) -> list[Group]:
     """Sample `num_generations` completions of every group's prompt with the model as it is now.
 
@@ -62,8 +62,8 @@ def generate(
 
     `eos_token_id`: one id or several; None takes the model's generation config. `stop_strings` need
     the `tokenizer`. `seed` makes the result repeatable; None draws from the default generator.
-    `max_tokens`: the most prompt tokens encoded in one row. `features`: as in `score`. `prompts`
-    keeps what the model computed of them, with gradient (the model is in train mode then), for
+    `max_tokens`: the most prompt tokens encoded in one row. `features`: as in `score`. `keep`
+    takes what the model computed of the prompts, with gradient and in the mode it is in, for
     `loss_of_groups`. The model's train mode is restored afterwards. Raises `InputError`.
     """
     _check_call(groups, num_generations, max_new_tokens)
@@ -87,9 +87,9 @@ def generate(
     if seed is not None:
         generator = torch.Generator(adapter.device).manual_seed(seed)
     options = {"max_tokens": max_tokens, "backend": backend, "features": features}
-    with _evaluating(model) if prompts is None else contextlib.nullcontext():
+    with _evaluating(model) if keep is None else contextlib.nullcontext():
         state, logits, position = _prefill(
-            adapter, groups, num_generations, max_new_tokens, kept=prompts, **options
+            adapter, groups, num_generations, max_new_tokens, keep=keep, **options
         )
     with _evaluating(model):
         progress = Progress(
@@ -114,7 +114,7 @@ def _check_call(groups: Sequence[Group], num_generations: int, max_new_tokens: i
             raise InputError(f"{group.name}: has completions already; generate fills empty groups")
 
 
-def _prefill(adapter, groups, num_generations, steps, *, kept: KeptPrompts | None, **options):
+def _prefill(adapter, groups, num_generations, steps, *, keep: KeptPrompts | None, **options):
     """The decode state after all prompts, (B, V) logits of the first token, (B,) its position."""
     prefixes: list = [None] * len(groups)
     states: list = [None] * len(groups)
@@ -126,15 +126,15 @@ def _prefill(adapter, groups, num_generations, steps, *, kept: KeptPrompts | Non
         recorders.append(Prefill(layout))
         return recorders[-1]
 
-    options |= {"observe": record, "kept": kept, "copies": num_generations}
+    options |= {"observe": record, "keep": keep, "copies": num_generations}
     for step in prompt_passes(adapter, groups, **options):
         sizes = [groups[i].prompt_ids.numel() for i in step.members]
         recorded = recorders.pop()
         recorded.recording = False
         layers = [(k.split(sizes), v.split(sizes)) for k, v in recorded.layers]
-        if kept is not None:
+        if keep is not None:
             prompts = [groups[i] for i in step.members]
-            kept.put(prompts, recorded.modules, recorded.layers, step.hidden, step.spare)
+            keep.put(prompts, recorded.modules, recorded.layers, step.hidden, step.spare)
         for n, i in enumerate(step.members):
             prefixes[i] = [(k[n], v[n]) for k, v in layers]
             states[i] = recorded.states_of(n)

@@ -75,7 +75,7 @@ class RolloutMixin:
                 max_tokens=self.fast.max_tokens,
                 backend=self.fast.backend,
                 features=self._kept_features(model),
-                prompts=self._prompts,
+                keep=self._prompts,
             )
         return completion_ids, None
 
@@ -187,7 +187,7 @@ def sample_rows(
     max_tokens: int | None = None,
     backend: str | None = None,
     features: KeptFeatures | None = None,
-    prompts: KeptPrompts | None = None,
+    keep: KeptPrompts | None = None,
 ) -> list[list[int]]:
     """One completion per row, in row order; rows with the same prompt and images are one group.
 
@@ -227,7 +227,7 @@ def sample_rows(
             max_tokens=max_tokens,
             backend=backend,
             features=features,
-            prompts=prompts,
+            keep=keep,
             **_keywords(settings),
         )
         for members, group in zip(parts, filled, strict=True):

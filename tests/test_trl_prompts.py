@@ -12,7 +12,6 @@ from fastgrpo.testing.trl import build_trainer, image_row, steps_of  # noqa: E40
 
 MIXED = [image_row(0, 1), image_row(1, 0), image_row(2, 2), image_row(3, 1)]
 IMAGES = [image_row(i) for i in range(4)]
-# One rollout for two micro-batches, a step of one micro-batch, a second step on the same rollout.
 SHAPES = {
     "one micro-batch": {},
     "a micro-batch a group": dict(per_device_train_batch_size=4, gradient_accumulation_steps=2),
@@ -70,10 +69,11 @@ def test_the_numbers_are_those_without(checkpoint, tmp_path, shape):
 @pytest.mark.parametrize("shape", ["one micro-batch", "a micro-batch a group", "bf16"])
 def test_each_image_is_encoded_once_a_step(checkpoint, tmp_path, shape):
     options = SHAPES[shape] | dict(rows=IMAGES, beta=0.0)
-    once, twice = (
+    kept, plain = (
         sum(trained(checkpoint, tmp_path / str(k), k, **options)[1]) for k in (True, False)
     )
-    assert 2 * once == twice
+    # of several micro-batches the last one's prompts would wait in memory for the others
+    assert (2 * kept if shape != "a micro-batch a group" else kept) == plain
 
 
 def test_a_loss_per_token_asks_for_nothing(checkpoint, tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ H query heads, K key heads, D their size, or that of a hidden state.
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,28 +31,26 @@ Layers = dict[nn.Module, tuple[Tensor, Tensor]]  # each layer's keys and values 
 
 
 class KeptPrompt(NamedTuple):
-    """`last` (D,) predicts the first token; prompts of one `graph` are differentiated together."""
+    """A prompt with its images; `last` (D,) is the hidden state that predicts the first token."""
 
     group: Group
     layers: Layers
     last: Tensor
-    graph: int
 
 
 class KeptPrompts:
     """What the rollout computed of its prompts, good until a weight changes.
 
-    `apart`: each prompt has a graph of its own, for losses that differentiate some of them at a
-    time; otherwise they share one, which the first loss uses up. `keep_activations`: see
-    `engine.activations`.
+    For a loss of all of them: it differentiates their graph, which is then gone.
+    `keep_activations`: see `engine.activations`.
     """
 
-    def __init__(self, adapter: Adapter, *, apart: bool, keep_activations: bool = False):
-        self.apart, self.keep_activations = apart, keep_activations
+    def __init__(self, adapter: Adapter, *, keep_activations: bool = False):
+        self.keep_activations = keep_activations
         self._device = adapter.device
         self._weights = [(p, p._version) for p in adapter.core.parameters()]
         self._prompts: list[KeptPrompt] = []
-        self._spare: dict[int, float] = defaultdict(float)  # of each graph
+        self._spare = 0.0
 
     @staticmethod
     def serves(adapter: Adapter) -> bool:
@@ -79,8 +76,7 @@ class KeptPrompts:
         bytes of activations it has left."""
         if len(set(modules)) < len(modules):  # which of its calls was it?
             return
-        graph = len(self._prompts) if self.apart else 0
-        self._spare[graph] += spare
+        self._spare += spare
         sizes = [group.prompt_ids.numel() for group in groups]
         with torch.enable_grad():
             split = [(keys.split(sizes), values.split(sizes)) for keys, values in layers]
@@ -91,13 +87,13 @@ class KeptPrompts:
                 k: x.to(self._device) if are_pixels(x) else x for k, x in group.vision.items()
             }
             own = {m: (k[n], v[n]) for m, (k, v) in zip(modules, split, strict=True)}
-            kept = KeptPrompt(Group(group.prompt_ids.cpu(), [], vision), own, lasts[n], graph)
-            self._prompts.append(kept)
+            group = Group(group.prompt_ids.cpu(), [], vision)
+            self._prompts.append(KeptPrompt(group, own, lasts[n]))
 
     def continued(self, rows: Sequence[PackedRow]) -> list[PackedRow]:
         """The rows, without their prompts where all of them are here.
 
-        A graph is differentiated once: with gradient enabled it is for these rows alone.
+        With gradient enabled these are the rows that differentiate them.
         """
         if any(p._version != version for p, version in self._weights):
             self._prompts = []
@@ -109,17 +105,14 @@ class KeptPrompts:
         keys = [(g.prompt_ids.numpy().tobytes(), i) for g, i in zip(groups, images, strict=True)]
         kept = dict(zip(keys, self._prompts, strict=False))
         wanted = iter(keys[len(self._prompts) :])
-        found, used = [], set()
+        found, spare = [], self._spare
         for row in rows:
             prompts = [kept.get(next(wanted)) for _ in row.parts]
             if None not in prompts and not _shows_images(row):
-                graphs = {prompt.graph for prompt in prompts}
-                spare = sum(self._spare[graph] for graph in graphs - used)
-                row = ContinuedRow(row, prompts, spare)
-                used |= graphs
+                row, spare = ContinuedRow(row, prompts, spare), 0.0
             found.append(row)
         if torch.is_grad_enabled():
-            self._prompts = [prompt for prompt in self._prompts if prompt.graph not in used]
+            self._prompts = []
         return found
 
 

@@ -78,15 +78,12 @@ def prompt_passes(
     parts = [Part(group, [], []) for group in groups]
     index = {id(part): i for i, part in enumerate(parts)}
     images = Images(adapter.family, groups)
-    plan = [[part] for part in parts] if keep and keep.apart else plan_rows(parts, max_tokens)
     rows = [
         PackedRow(adapter, members, groups, chosen, images=images, neutral_id=None)
-        for members in plan
+        for members in plan_rows(parts, max_tokens)
     ]
     store = feature_store(rows, detach=False, kept=features)
     for row in rows:
-        if keep and keep.apart:
-            store = feature_store([row], detach=False, kept=features)
         row.padded_tokens = copies * row.layout.total
         row.padded_image_ids = copies * row.image_ids
         ends = row.layout.cu_q[1:].long() - 1

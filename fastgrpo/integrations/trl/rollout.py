@@ -80,18 +80,18 @@ class RolloutMixin:
         return completion_ids, None
 
     def _keep_prompts(self, model: nn.Module) -> KeptPrompts | None:
-        """What the first fused loss after this rollout needs not compute again; None where none
-        will ask, or an engine has hooks around the model's forward."""
+        """What the first fused loss after this rollout needs not compute again.
+
+        None where no such loss will ask, where it is for a part of the prompts, so that the others
+        would wait in memory, and where an engine has hooks around the model's forward.
+        """
         fused = self._mode == "train" and not (self._per_token or self.aux_loss_enabled)
-        once = not self.tools and self.fast.max_generation_batches == 1
+        whole = self.args.steps_per_generation == 1 == self.fast.max_generation_batches
         alone = self.accelerator.distributed_type == DistributedType.NO
-        adapter = Adapter(model)
-        if not (
-            self.fast.keep_prompts and fused and once and alone and KeptPrompts.serves(adapter)
-        ):
+        wanted = self.fast.keep_prompts and fused and whole and alone and not self.tools
+        if not (wanted and KeptPrompts.serves(adapter := Adapter(model))):
             return None
-        apart = self.args.steps_per_generation > 1
-        return KeptPrompts(adapter, apart=apart, keep_activations=self.fast.keep_activations)
+        return KeptPrompts(adapter, keep_activations=self.fast.keep_activations)
 
     def _packed_settings(self, has_tool_images: bool) -> GenerationConfig | None:
         """The settings to sample with in packed rows; None: TRL samples, and the log says why."""

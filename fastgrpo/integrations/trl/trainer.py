@@ -71,8 +71,8 @@ class FastOptions:
     `workspace_mb`: memory for a chunk of logits (None: see `linear_grpo_loss`).
     `keep_activations`: under gradient checkpointing recompute only the layers whose activations
     would take more memory than TRL's padded step that recomputes all, or than half of what is free.
-    `keep_prompts`: the first loss after a packed rollout goes on from what that computed of its
-    prompts and images, with gradient, on one process; False computes them again.
+    `keep_prompts`: on one process, where a packed rollout is one micro-batch, the first loss goes
+    on from what that computed of prompts and images, with gradient; False computes them again.
     `liger_kernels`: liger-kernel's RMSNorm, rotary and SwiGLU layers (never its loss), CUDA only.
     `max_skipped_steps`: steps in a row whose gradient is not finite before the run ends.
     `strict`: raise where a packed row cannot express the model, an option or a tool's images, which

@@ -76,6 +76,7 @@ def test_the_bound_is_kept_and_what_stays_dead_is_counted(checkpoint, tmp_path):
 
 def test_a_full_batch_is_left_alone_and_a_run_repeats(checkpoint, tmp_path):
     def run(name, **fast):
+        fast["keep_prompts"] = False  # nor are they where there may be another rollout
         trainer = build_trainer(
             FastGRPOTrainer, checkpoint, tmp_path / name, max_steps=3, beta=0.0, fast=fast
         )

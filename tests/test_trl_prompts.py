@@ -76,7 +76,7 @@ def test_each_image_is_encoded_once_a_step(checkpoint, tmp_path, shape):
     assert (2 * kept if shape != "a micro-batch a group" else kept) == plain
 
 
-def test_a_loss_per_token_asks_for_nothing(checkpoint, tmp_path, monkeypatch):
+def test_a_loss_per_token_asks_for_nothing(checkpoint, tmp_path):
     class PerToken(FastGRPOTrainer):
         def _compute_loss(self, model, inputs):
             assert self._prompts is None

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastgrpo.attention import kvgather
 
 # (n, H, Q, D) outputs and (n, H, Q) log-sum-exps
-flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
@@ -77,12 +77,12 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, query, key, value, plan: Plan, scale):
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
         for batch in plan.batches:
-            part = flash_cpu(*map(batch.padded, (query, key, value)), 0.0, True, scale=scale)
+            part = _flash(*map(batch.padded, (query, key, value)), 0.0, True, scale=scale)
             for whole, x in zip((out, lse), part, strict=True):
                 whole.index_copy_(0, *batch.tokens(x))
         for prefix in plan.prefixes:
             prompt, rest = slice(prefix.start, prefix.end), slice(prefix.end, prefix.last)
-            far = flash_cpu(*_folded(query[rest], key[prompt], value[prompt]), scale=scale)
+            far = _flash(*_folded(query[rest], key[prompt], value[prompt]), scale=scale)
             far_out, far_lse = (_unfolded(x, query.shape[1]) for x in far)
             merged = torch.logaddexp(lse[rest], far_lse)
             out[rest] *= torch.exp(lse[rest] - merged)[..., None]

@@ -71,7 +71,8 @@ def kept_activations(adapter: Adapter, row: PackedRow, store: FeatureStore) -> I
     checkpointing, compiled models, and weights in shards, where a layer's call is a collective,
     are left as they are.
     """
-    stacks = _stacks(adapter, row, store) if _serves(adapter) else []
+    serves = torch.is_grad_enabled() and trains_as_it_is(adapter)
+    stacks = _stacks(adapter, row, store) if serves else []
     costs = _costs.setdefault(adapter.core, {})
     kept, left = [], 0.0
     if stacks:
@@ -135,20 +136,18 @@ def layers_to_keep(
     return found, budget
 
 
-def _serves(adapter: Adapter) -> bool:
-    if not (torch.is_grad_enabled() and adapter.core.training) or in_shards(adapter.core):
+def trains_as_it_is(adapter: Adapter) -> bool:
+    """Whether the model is in train mode, its weights whole and none of its modules compiled."""
+    if not adapter.core.training or in_shards(adapter.core):
         return False
-    return not compiled(adapter.root)
-
-
-def compiled(root: nn.Module) -> bool:
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in root.modules())
+    modules = adapter.root.modules()
+    return not any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules)
 
 
 def _stacks(adapter: Adapter, row: PackedRow, store: FeatureStore) -> list[Stack]:
     """The tower's layers, where it runs, and the decoder's."""
     decoder = set(adapter.core.get_decoder().modules())
-    layers = [m for m in adapter.core.modules() if recomputes(m)]
+    layers = [m for m in adapter.core.modules() if _recomputes(m)]
     stacks = []
     encoded = store.missing(row.image_ids)
     if encoded:
@@ -161,7 +160,7 @@ def _stacks(adapter: Adapter, row: PackedRow, store: FeatureStore) -> list[Stack
     return [stack for stack in stacks if stack.layers]
 
 
-def recomputes(module: nn.Module) -> bool:
+def _recomputes(module: nn.Module) -> bool:
     """Whether it is a layer that is computed again in backward, and not reentrantly."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 

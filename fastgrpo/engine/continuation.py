@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.attention.registry import get_backend
-from fastgrpo.engine.activations import compiled, reentrant
-from fastgrpo.engine.parallel import in_shards
+from fastgrpo.engine.activations import reentrant, trains_as_it_is
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing.group import Group, are_pixels
 from fastgrpo.packing.host import device_copies, first_equal
@@ -50,45 +49,24 @@ class KeptPrompts:
         self._device = adapter.device
         self._weights = [(p, p._version) for p in adapter.core.parameters()]
         self._prompts: list[KeptPrompt] = []
-        self._spare = 0.0
+        self.spare = 0.0  # bytes of activations that their forwards have left
 
     @staticmethod
     def serves(adapter: Adapter) -> bool:
         """Whether the model's forward leaves all that a completion needs of its prompt in keys and
         values, with their graph: reentrant checkpointing makes them without, recurrent layers have
         states beside them, and shards are another engine's to gather."""
-        core = adapter.core
-        if not core.training or adapter.mixers or in_shards(core) or compiled(adapter.root):
+        if adapter.mixers or not trains_as_it_is(adapter):
             return False
-        checkpointing = (m for m in core.modules() if getattr(m, "gradient_checkpointing", False))
-        return not any(map(reentrant, checkpointing))
+        modules = adapter.core.modules()
+        return not any(reentrant(m) for m in modules if getattr(m, "gradient_checkpointing", False))
 
-    def put(
-        self,
-        groups: Sequence[Group],
-        modules: Sequence[nn.Module],
-        layers: Sequence[tuple[Tensor, Tensor]],
-        hidden: Tensor,
-        spare: float,
-    ) -> None:
-        """Of one forward of these prompts: the keys and values (T, K, D) that each attention module
-        made of them all, the hidden state of each that predicts what follows, (prompts, D), and the
-        bytes of activations it has left."""
-        if len(set(modules)) < len(modules):  # which of its calls was it?
-            return
-        self._spare += spare
-        sizes = [group.prompt_ids.numel() for group in groups]
-        with torch.enable_grad():
-            split = [(keys.split(sizes), values.split(sizes)) for keys, values in layers]
-            lasts = hidden.unbind()
-        for n, group in enumerate(groups):
-            # pixels where the loss's are
-            vision = {
-                k: x.to(self._device) if are_pixels(x) else x for k, x in group.vision.items()
-            }
-            own = {m: (k[n], v[n]) for m, (k, v) in zip(modules, split, strict=True)}
-            group = Group(group.prompt_ids.cpu(), [], vision)
-            self._prompts.append(KeptPrompt(group, own, lasts[n]))
+    def put(self, group: Group, layers: Layers, last: Tensor) -> None:
+        """A prompt's part of a forward with gradient, see `KeptPrompt`."""
+        # pixels where the loss's are
+        vision = {k: x.to(self._device) if are_pixels(x) else x for k, x in group.vision.items()}
+        group = Group(group.prompt_ids.cpu(), [], vision)
+        self._prompts.append(KeptPrompt(group, layers, last))
 
     def continued(self, rows: Sequence[PackedRow]) -> list[PackedRow]:
         """The rows, without their prompts where all of them are here.
@@ -105,7 +83,7 @@ class KeptPrompts:
         keys = [(g.prompt_ids.numpy().tobytes(), i) for g, i in zip(groups, images, strict=True)]
         kept = dict(zip(keys, self._prompts, strict=False))
         wanted = iter(keys[len(self._prompts) :])
-        found, spare = [], self._spare
+        found, spare = [], self.spare
         for row in rows:
             prompts = [kept.get(next(wanted)) for _ in row.parts]
             if None not in prompts and not _shows_images(row):

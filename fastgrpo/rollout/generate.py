@@ -131,12 +131,18 @@ def _prefill(adapter, groups, num_generations, steps, *, keep: KeptPrompts | Non
         sizes = [groups[i].prompt_ids.numel() for i in step.members]
         recorded = recorders.pop()
         recorded.recording = False
-        layers = [(k.split(sizes), v.split(sizes)) for k, v in recorded.layers]
-        if keep is not None:
-            prompts = [groups[i] for i in step.members]
-            keep.put(prompts, recorded.modules, recorded.layers, step.hidden, step.spare)
+        with torch.set_grad_enabled(keep is not None):
+            layers = [(k.split(sizes), v.split(sizes)) for k, v in recorded.layers]
+            lasts = step.hidden.unbind()
+        # a module that attends twice in a forward would not know which of its keys are asked for
+        kept = keep is not None and len(set(recorded.modules)) == len(recorded.modules)
+        if kept:
+            keep.spare += step.spare
         for n, i in enumerate(step.members):
             prefixes[i] = [(k[n], v[n]) for k, v in layers]
+            if kept:
+                own = dict(zip(recorded.modules, prefixes[i], strict=True))
+                keep.put(groups[i], own, lasts[n])
             states[i] = recorded.states_of(n)
             logits[i] = step.logits[n]
             position[i] = step.row.following[n]

@@ -86,7 +86,7 @@ def cpp_rules(output: Path) -> str:
         raise Unavailable("pybind11 was not found") from error
     cxx = find_cxx()
     include = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
-    link = "-shared -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+    link = "-shared -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared -Wl,-s"
     lines = [
         "rule cxx",
         f"  command = {cxx} -MMD -MF $out.d {CXX_FLAGS} -ffp-contract=$contract {include} "

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-from importlib.resources import as_file, files
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fastgrpo.demo.checkpoint import write_warm_start
 from fastgrpo.errors import InputError
 
 SIDE, FONT_SIZE = 112, 24
@@ -100,8 +99,7 @@ def write(folder: Path, model: str | None = None) -> None:
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "reward.py").write_text(REWARD)
     if model is None:
-        with as_file(files("fastgrpo.demo") / "warm_start") as policy:
-            shutil.copytree(policy, folder / "model")
+        write_warm_start(folder / "model")
     settings = {"model": model or f"{folder}/model", "rate": "1.0e-6" if model else "5.0e-4"}
     (folder / "config.yaml").write_text(CONFIG.format(folder=folder, **settings))
 

@@ -20,12 +20,12 @@ import transformers
 
 from fastgrpo.cli import train
 from fastgrpo.demo import data
+from fastgrpo.demo.checkpoint import write_warm_start
 from fastgrpo.demo.evaluate import HeldOut, evaluate, load
 from fastgrpo.report import write_report
 from fastgrpo.report.run import HELD_OUT_FILE
 
 HERE = Path(__file__).parent
-WARM_START = HERE / "warm_start"
 CONFIG = HERE / "demo.yaml"
 TRAIN_SAMPLES, HELD_OUT_SAMPLES = 3200, 512
 
@@ -46,13 +46,14 @@ def run(
     folder = out / "data"
     train_file = data.write_split(folder, "train", train_samples, seed)
     held_out_file = data.write_split(folder, "heldout", held_out_samples, seed)
-    before = evaluate(*load(WARM_START), held_out_file, seed)
+    policy = write_warm_start(out / "warm_start")
+    before = evaluate(*load(policy), held_out_file, seed)
     print(f"held-out before: {_figures(before)}")
     start = time.perf_counter()
     train.main(
         [
             *("--config", str(CONFIG)),
-            *("--model_name_or_path", str(WARM_START)),
+            *("--model_name_or_path", str(policy)),
             *("--data_file_paths", str(train_file)),
             *("--image_folders", str(folder / "images")),
             *("--output_dir", str(out)),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short supervised run GRPO starts from: `python -m fastgrpo.demo.warm_start --out DIR`.
+"""The short supervised run GRPO starts from: `python -m fastgrpo.demo.warm_start --out DIR`, packed
+as the package carries it (`checkpoint.py`).
 
 It teaches the format, to read, and where things are roughly: every edge of a box it shows is off by
 up to JITTER pixels, so the policy ends up sampling boxes around the digit, and sharpening them is
@@ -21,6 +22,7 @@ from tqdm import trange
 from transformers import PreTrainedModel, ProcessorMixin
 
 from fastgrpo.demo import data
+from fastgrpo.demo.checkpoint import pack
 from fastgrpo.demo.model import CELLS, build_model, build_processor
 from fastgrpo.losses.tokens import IGNORE
 
@@ -170,6 +172,7 @@ def main() -> None:
     # Half the bytes; GRPO loads it in float32.
     model.to(torch.bfloat16).save_pretrained(args.out)
     processor.save_pretrained(args.out)
+    pack(args.out)
     size = sum(p.numel() for p in model.parameters())
     print(f"warm start: {args.steps} steps, {size:,} parameters, in {args.out}")
 

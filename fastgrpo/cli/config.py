@@ -90,6 +90,7 @@ class FastGRPOConfig(RenamedConfig):
     keep_prompts: bool = _option(
         True, "The loss goes on from what the rollout computed of prompts and images."
     )
+    cuda_graphs: bool = _option(True, "On a GPU, packed rollouts decode by CUDA graphs.")
     max_generation_batches: int = _option(
         1, "Above 1: groups without a gradient give way to fresh prompts, up to so many batches."
     )

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.engine.continuation import KeptPrompts
-from fastgrpo.engine.next_token import keep_logits, prompt_passes
+from fastgrpo.engine.next_token import prompt_passes
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
 from fastgrpo.packing.group import Group
 from fastgrpo.packing.vision import KeptFeatures
 from fastgrpo.rollout.progress import Progress, stop_criterion
 from fastgrpo.rollout.sampling import Sampling
-from fastgrpo.rollout.state import DecodeState, Prefill
+from fastgrpo.rollout.state import DecodeState, FixedDecodeState, Prefill
+from fastgrpo.rollout.steps import ReplayedSteps, Steps, replays
 
 
 @torch.no_grad()
@@ -47,6 +48,7 @@ def generate(
     tokenizer: Any = None,
     features: KeptFeatures | None = None,
     keep: KeptPrompts | None = None,
+    cuda_graphs: bool = True,
 ) -> list[Group]:
     """Sample `num_generations` completions of every group's prompt with the model as it is now.
 
@@ -64,7 +66,8 @@ def generate(
     the `tokenizer`. `seed` makes the result repeatable; None draws from the default generator.
     `max_tokens`: the most prompt tokens encoded in one row. `features`: as in `score`. `keep`
     takes what the model computed of the prompts, with gradient and in the mode it is in, for
-    `loss_of_groups`. The model's train mode is restored afterwards. Raises `InputError`.
+    `loss_of_groups`. `cuda_graphs`: on a GPU, the decoding steps are CUDA graphs where the model's
+    forward can be one. The model's train mode is restored afterwards. Raises `InputError`.
     """
     _check_call(groups, num_generations, max_new_tokens)
     if not groups:
@@ -88,9 +91,10 @@ def generate(
         generator = torch.Generator(adapter.device).manual_seed(seed)
     options = {"max_tokens": max_tokens, "backend": backend, "features": features}
     with _evaluating(model) if keep is None else contextlib.nullcontext():
-        state, logits, position = _prefill(
-            adapter, groups, num_generations, max_new_tokens, keep=keep, **options
-        )
+        prompts, logits, position = _prefill(adapter, groups, num_generations, keep=keep, **options)
+    graphs = cuda_graphs and replays(adapter, max_new_tokens)
+    state = (FixedDecodeState if graphs else DecodeState)(*prompts, num_generations, max_new_tokens)
+    steps = (ReplayedSteps if graphs else Steps)(adapter, state, position)
     with _evaluating(model):
         progress = Progress(
             [group.prompt_ids for group in groups],
@@ -99,7 +103,7 @@ def generate(
             criterion=criterion,
             vocabulary=logits.shape[1] if sampling.penalizes else None,
         )
-        tokens, logps = _decode(adapter, state, logits, position, sampling, progress, generator)
+        tokens, logps = _decode(steps, max_new_tokens, logits, sampling, progress, generator)
     return _filled(groups, num_generations, tokens, logps, progress.lengths.tolist())
 
 
@@ -114,8 +118,9 @@ def _check_call(groups: Sequence[Group], num_generations: int, max_new_tokens: i
             raise InputError(f"{group.name}: has completions already; generate fills empty groups")
 
 
-def _prefill(adapter, groups, num_generations, steps, *, keep: KeptPrompts | None, **options):
-    """The decode state after all prompts, (B, V) logits of the first token, (B,) its position."""
+def _prefill(adapter, groups, num_generations, *, keep: KeptPrompts | None, **options):
+    """Keys and values of the prompts and their states; (B, V) logits of the first token, (B,) its
+    position."""
     prefixes: list = [None] * len(groups)
     states: list = [None] * len(groups)
     logits: list = [None] * len(groups)
@@ -146,34 +151,21 @@ def _prefill(adapter, groups, num_generations, steps, *, keep: KeptPrompts | Non
             states[i] = recorded.states_of(n)
             logits[i] = step.logits[n]
             position[i] = step.row.following[n]
-    state = DecodeState(prefixes, states, num_generations, steps)
     rows = torch.stack(logits).repeat_interleave(num_generations, 0)
-    return state, rows, position.repeat_interleave(num_generations).to(adapter.device)
+    position = position.repeat_interleave(num_generations).to(adapter.device)
+    return (prefixes, states), rows, position
 
 
-def _decode(adapter, state, logits, position, sampling, progress, generator):
-    """(B, steps) sampled ids and their log-probs; a row's entries after its end mean nothing."""
-    device = adapter.device
-    steps = state.own[0][0].shape[2]
+def _decode(steps, count, logits, sampling, progress, generator):
+    """(B, count) sampled ids and their log-probs; a row's entries after its end mean nothing."""
     tokens, logps = [], []
-    for step in range(steps):
-        token, logp = sampling.draw(logits, generator, progress.seen, step)
+    for n in range(count):
+        token, logp = sampling.draw(logits, generator, progress.seen, n)
         tokens.append(token)
         logps.append(logp)
-        if not progress.add(token) or step + 1 == steps:
+        if not progress.add(token) or n + 1 == count:
             break
-        where = position + step
-        if adapter.family.axes > 1:
-            where = where.expand(adapter.family.axes, 1, -1)
-        inputs = {
-            "input_ids": token[None],
-            "position_ids": where if where.ndim == 3 else where[None],
-            "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
-            "fg_layout": state,
-            "use_cache": False,
-        }
-        logits = keep_logits(adapter, inputs)
-        state.steps_done += 1
+        logits = steps(token)
     return torch.stack(tokens, 1), torch.stack(logps, 1)
 
 

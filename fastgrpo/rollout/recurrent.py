@@ -52,7 +52,7 @@ class ForksStates:
         layer = self.convolutions % len(self.tails)
         self.convolutions += 1
         window = torch.cat([self.tails[layer], mixed[0].T[:, :, None]], 2)  # (B, C, W)
-        self.tails[layer] = window[:, :, 1:]
+        self._hold(self.tails, layer, window[:, :, 1:])
         return original(window, weight, bias, activation=activation)[:, :, -1].T[None]
 
     def delta_rule(self, rule, step, inputs, **options) -> Tensor:
@@ -61,7 +61,11 @@ class ForksStates:
         self.rules += 1
         q, k, v, g, beta = (x.transpose(0, 1) for x in inputs)  # (B, 1, ...)
         state = self.recurrent[layer]
-        out, self.recurrent[layer] = step(
+        out, state = step(
             q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True, **options
         )
+        self._hold(self.recurrent, layer, state)
         return out.transpose(0, 1)
+
+    def _hold(self, held: list[Tensor], layer: int, value: Tensor) -> None:
+        held[layer] = value

@@ -44,6 +44,8 @@ class DecodeState(ForksStates):
     same shapes but for the number of tokens decoded so far.
     """
 
+    steps_done: int | Tensor
+
     def __init__(
         self,
         prefixes: list[list[tuple[Tensor, Tensor]]],
@@ -79,17 +81,19 @@ class DecodeState(ForksStates):
         self, module, query: Tensor, key: Tensor, value: Tensor, layout, *, scale, window=None
     ):
         """(B, H, D) of this step's queries over prompt and own keys, this step's included."""
-        layer, t = self.calls % len(self.prefix), self.steps_done
+        layer = self.calls % len(self.prefix)
         self.calls += 1
         own_key, own_value = self.own[layer]
-        own_key[:, :, t], own_value[:, :, t] = key, value
+        self._append(own_key, key), self._append(own_value, value)
         prefix_key, prefix_value = self.prefix[layer]
-        own = slice(self._first(window), t + 1)
+        own, unseen = self._own(window)
         q = (query * scale).unflatten(1, (own_key.shape[1], -1))  # (B, K, R, D)
         far = self._of_prompts(q) @ prefix_key  # (P, K, G R, L)
         if (hidden := self._hidden(window)) is not None:
             far.masked_fill_(hidden[:, None, None], float("-inf"))
-        near = self._of_prompts(q @ own_key[:, :, own].transpose(2, 3))  # (P, K, G R, t + 1)
+        near = self._of_prompts(q @ own_key[:, :, own].transpose(2, 3))  # (P, K, G R, own tokens)
+        if unseen is not None:
+            near.masked_fill_(unseen, float("-inf"))
         scores = torch.cat([far, near], -1)
         wide = torch.promote_types(scores.dtype, torch.float32)
         share = scores.softmax(-1, dtype=wide).to(value.dtype)
@@ -106,8 +110,13 @@ class DecodeState(ForksStates):
         """(P, K, G R, ...) -> (B, K, R, ...)"""
         return x.unflatten(2, (self.group_size, -1)).transpose(1, 2).flatten(0, 1)
 
-    def _first(self, window: int | None) -> int:
-        return 0 if window is None else max(self.steps_done + 1 - window, 0)
+    def _append(self, own: Tensor, new: Tensor) -> None:
+        own[:, :, self.steps_done] = new
+
+    def _own(self, window: int | None) -> tuple[slice, Tensor | None]:
+        """The own tokens a step reads, and which of them it does not see (None: it sees all)."""
+        t = self.steps_done
+        return slice(0 if window is None else max(t + 1 - window, 0), t + 1), None
 
     def _hidden(self, window: int | None) -> Tensor | None:
         """(P, L) prompt keys a query of this step does not see; None: it sees all."""
@@ -115,6 +124,40 @@ class DecodeState(ForksStates):
             return self.padding if self.ragged else None
         position = self.lengths[:, None] + self.steps_done
         return self.padding | (position - self.column >= window)
+
+
+class FixedDecodeState(DecodeState):
+    """Steps of one shape, which a CUDA graph can repeat: each reads the first `width` own tokens,
+    and a tensor says how far the rows are. Whatever a step changes it changes in place.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        for own in self.own:
+            for x in own:
+                x.zero_()  # a token that is masked is multiplied by 0, and must be finite
+        self.steps_done = torch.zeros(1, dtype=torch.int64, device=self.lengths.device)
+        self.width = self.own[0][0].shape[2]
+        self.positions = torch.arange(self.width, device=self.lengths.device)
+        self.unseen: dict[int | None, Tensor] = {}  # of this step, by window
+
+    def restart(self) -> None:
+        """The next call is a step's first, whatever an earlier step came to."""
+        self.calls = self.convolutions = self.rules = 0
+
+    def _append(self, own: Tensor, new: Tensor) -> None:
+        own.index_copy_(2, self.steps_done, new[:, :, None])
+
+    def _own(self, window: int | None) -> tuple[slice, Tensor | None]:
+        if self.calls % len(self.prefix) == 1 % len(self.prefix):
+            self.unseen = {}  # in the first layer
+        if window not in self.unseen:
+            age = self.steps_done - self.positions[: self.width]
+            self.unseen[window] = (age < 0) if window is None else (age < 0) | (age >= window)
+        return slice(0, self.width), self.unseen[window]
+
+    def _hold(self, held: list[Tensor], layer: int, value: Tensor) -> None:
+        held[layer].copy_(value)
 
 
 def _padded(rows: list[Tensor]) -> Tensor:

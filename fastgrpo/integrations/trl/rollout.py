@@ -76,6 +76,7 @@ class RolloutMixin:
                 backend=self.fast.backend,
                 features=self._kept_features(model),
                 keep=self._prompts,
+                cuda_graphs=self.fast.cuda_graphs,
             )
         return completion_ids, None
 
@@ -188,6 +189,7 @@ def sample_rows(
     backend: str | None = None,
     features: KeptFeatures | None = None,
     keep: KeptPrompts | None = None,
+    cuda_graphs: bool = True,
 ) -> list[list[int]]:
     """One completion per row, in row order; rows with the same prompt and images are one group.
 
@@ -228,6 +230,7 @@ def sample_rows(
             backend=backend,
             features=features,
             keep=keep,
+            cuda_graphs=cuda_graphs,
             **_keywords(settings),
         )
         for members, group in zip(parts, filled, strict=True):

@@ -14,7 +14,8 @@ Proportions on a CPU ("full"), in multiply-adds of the 480-image-token prompt, b
 width 256 and 6 layers (2048 and 36), the tower's share 61 % (46 %: one layer in four attends to
 whole images, there one in eight, and the heads are narrow), the head 12 % of the decoder for each
 completion token (11 %), with a vocabulary of 8 times the width (74 times, below 36 layers). The
-tower's share works for the packed side.
+tower's share works for the packed side. On a GPU the model is Qwen2.5-VL-3B's own shape, random,
+in bfloat16, each trainer has the GPU to itself, and no floor is measured.
 
 The floor of a phase is the time of stock forwards over its distinct tokens, each prompt and its
 images once, every completion token once and nothing padded: for generation the prompts and then C
@@ -47,6 +48,28 @@ from fastgrpo.testing.processors import tiny_processor, tiny_tokenizer
 PHASES = ("generation", "scoring", "loss", "optimizer")
 _LONGEST_TURN = 1800  # seconds: a trainer that failed passes no turn on
 VOCABULARY = {"full": 2048}  # by size, where it is not that of bench_step
+QWEN_3B = dict(  # Qwen2.5-VL-3B-Instruct's sub-configs
+    text=dict(
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+    vision=dict(
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        out_hidden_size=2048,
+        patch_size=14,
+        window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31],
+    ),
+    tie_word_embeddings=True,
+)
 
 
 class Shape(NamedTuple):
@@ -69,6 +92,9 @@ SHAPES = {
     "4 x 8, 480 image tokens, a micro-batch a group, nothing recomputed": _480._replace(
         micro_batches=4, checkpointing=False
     ),
+}
+CUDA_SHAPES = {
+    "Qwen2.5-VL-3B, 4 x 8, 1024 image tokens": Shape((64, 64), 200, 4, 8, 256),
 }
 SMALL = {
     "2 x 4, 32 image tokens": Shape((8, 16), 8, 2, 4, 4),
@@ -129,8 +155,14 @@ class Job:
     device: str
 
 
-def prepare(folder: Path, shape: Shape, size: str, device: str) -> Job:
-    image = shape.image
+def build(shape: Shape, size: str, device: str) -> torch.nn.Module:
+    """The policy: Qwen2.5-VL-3B's shape on a GPU, else the proportions of bench_step's models."""
+    if size == "cuda":
+        from transformers import AutoModelForImageTextToText
+
+        with torch.device(device):
+            config = tm.tiny_config("qwen2_5_vl", **QWEN_3B)
+            return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     hidden, heads, layers, vocabulary = MODELS[size][:4]
     decoder = dict(
         hidden_size=hidden,
@@ -149,9 +181,15 @@ def prepare(folder: Path, shape: Shape, size: str, device: str) -> Job:
         window_size=112,
         fullatt_block_indexes=[3],
     )
-    family, options = ("qwen2", {}) if image is None else ("qwen2_5_vl", {"vision": tower})
+    family = "qwen2" if shape.image is None else "qwen2_5_vl"
+    options = {} if shape.image is None else {"vision": tower}
     model = tm.tiny_model(family, text=decoder, **options)
-    model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
+    return model.to(torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def prepare(folder: Path, shape: Shape, size: str, device: str) -> Job:
+    image, model = shape.image, build(shape, size, device)
+    model.save_pretrained(folder)
     if image is None:
         tiny_tokenizer(model.config).save_pretrained(folder)
     else:
@@ -187,7 +225,10 @@ def settings(shape: Shape, processes: int = 1) -> dict:
         gradient_accumulation_steps=shape.micro_batches,
         num_generations=shape.generations,
         max_completion_length=shape.new_tokens,
-        generation_kwargs={"min_new_tokens": shape.new_tokens},
+        generation_kwargs={
+            "min_new_tokens": shape.new_tokens,
+            "suppress_tokens": [tm.IMAGE_ID, tm.VIDEO_ID],
+        },
         gradient_checkpointing=shape.checkpointing,
         learning_rate=1e-6,
     )
@@ -223,6 +264,11 @@ class Turn(NamedTuple):
     following: AcquirerProxy
 
 
+def spread(completion_ids, **columns) -> list[float]:
+    """A reward that differs within a group whatever the policy writes."""
+    return [float(sum(ids) % 97) for ids in completion_ids]
+
+
 def steps(cls: type, job: Job, output: Path, count: int, turn: Turn) -> Run:
     """`count` steps after the first, each when it is this process's turn."""
     from transformers import TrainerCallback
@@ -253,9 +299,7 @@ def steps(cls: type, job: Job, output: Path, count: int, turn: Turn) -> Run:
         job.folder,
         output,
         rows=job.rows,
-        reward=lambda completions, **columns: [
-            float(len(set(completion[0]["content"]))) for completion in completions
-        ],
+        reward=spread,
         callbacks=[Stopwatch()],
         max_steps=1 + count,
         **settings(shape),
@@ -277,10 +321,22 @@ def steps(cls: type, job: Job, output: Path, count: int, turn: Turn) -> Run:
     return run
 
 
-def in_turns(job: Job, scratch: Path, count: int) -> dict[str, Run]:
-    """`steps` of every variant, each in a process of its own, so that no trainer works in the heap
+def alone(job: Job, scratch: Path, count: int, names: list[str]) -> dict[str, Run]:
+    """`steps` of the variants one after the other, each with the GPU's memory to itself."""
+    context, runs = multiprocessing.get_context("spawn"), {}
+    torch.cuda.empty_cache()
+    for i, name in enumerate(names):
+        with context.Manager() as manager, ProcessPoolExecutor(1, context) as pool:
+            gate = manager.Semaphore(2 * count + 2)  # always its turn
+            told = (torch.get_num_threads(), name, job, scratch / f"out-{i}", count)
+            runs[name] = pool.submit(_steps_of, *told, Turn(gate, gate)).result()
+    return runs
+
+
+def in_turns(job: Job, scratch: Path, count: int, names: list[str]) -> dict[str, Run]:
+    """`steps` of the variants, each in a process of its own, so that no trainer works in the heap
     that another left, and one at a time, so that all meet the machine as it is at the time."""
-    context, names = multiprocessing.get_context("spawn"), list(variants())
+    context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, contextlib.ExitStack() as pools:
         gates = [manager.Semaphore(int(i == 0)) for i in range(len(names))]
         runs = {}
@@ -357,7 +413,7 @@ def _with_images(row: dict) -> list[dict]:
 
 
 def rows(args: argparse.Namespace) -> list[common.Row]:
-    shapes = SMALL if args.small else SHAPES
+    shapes = SMALL if args.small else CUDA_SHAPES if args.device == "cuda" else SHAPES
     size = "small" if args.small else "cuda" if args.device == "cuda" else "full"
     names = [args.only] if args.only in shapes else [name for name in shapes if args.only in name]
     chosen = {name: shapes[name] for name in names}
@@ -367,8 +423,10 @@ def rows(args: argparse.Namespace) -> list[common.Row]:
 def _measured(name: str, shape: Shape, size: str, args) -> list[common.Row]:
     with tempfile.TemporaryDirectory() as scratch:
         job = prepare(Path(scratch) / "model", shape, size, args.device)
-        runs = in_turns(job, Path(scratch), args.rounds)
-        floor = floors(job, args.rounds)
+        run = alone if args.device == "cuda" else in_turns
+        names = [name for name in variants() if name == "TRL" or args.variant in ("", name)]
+        runs = run(job, Path(scratch), args.rounds, names)
+        floor = {} if args.device == "cuda" else floors(job, args.rounds)
     medians = {
         variant: {
             phase: statistics.median(step.get(phase, 0.0) for step in run.seconds)
@@ -399,7 +457,8 @@ def _difference(norms: list[float], expected: list[float]) -> float:
 def _figures(seconds: dict, floor: dict, trl: float) -> dict[str, float]:
     figures = {f"{phase} ms": seconds[phase] * 1e3 for phase in (*PHASES, "rest")}
     figures |= {f"{phase} / floor": seconds[phase] / floor[phase] for phase in floor}
-    figures["step / floor"] = seconds["whole"] / sum(floor.values())
+    if floor:
+        figures["step / floor"] = seconds["whole"] / sum(floor.values())
     figures["TRL / this"] = trl / seconds["whole"]
     return figures
 
@@ -408,5 +467,6 @@ if __name__ == "__main__":
     common.main(
         rows,
         only=dict(default="", help="run only this shape, or those whose name has this in it"),
+        variant=dict(default="", help="beside TRL run only this variant"),
         rounds=dict(type=int, default=2, help="steps of each trainer, and floors, measured"),
     )

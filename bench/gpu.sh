@@ -20,7 +20,7 @@ prepare() {
     $py -m pip download -q --no-deps --only-binary=:all: ${GPU_PYTHON:+--python-version $GPU_PYTHON} \
         -c requirements/constraints.txt -d build/gpu/wheels -r requirements/gpu.txt &&
         FASTGRPO_BUILD_CUDA=1 FASTGRPO_CUDA_ARCHS=${ARCHS:-90a} $py setup.py -q build_ext --inplace &&
-        $py -c "from fastgrpo.cli import main; main([\"doctor\"])" | grep "kernels "
+        PYTHONPATH=.:kernels $py -c "from fastgrpo.cli import main; main([\"doctor\"])" | grep "kernels "
 }
 
 # The package is imported from an installation or from a folder of links: the tests and `python
@@ -53,13 +53,13 @@ stage() {  # stage NAME SECONDS COMMAND...
 bench() { stage "$1" "$2" "$py" "bench/bench_$1.py" --device "$device" $small --save --results "$out"; }
 
 correctness="doctor tests sanitize"
-figures="roofs linear_grpo attention step linear_logprob tiles grpo_loss linear_kl group_advantages gather_rows box_iou match_boxes"
+figures="roofs linear_grpo attention step whole_step linear_logprob tiles grpo_loss linear_kl group_advantages gather_rows box_iou match_boxes"
 run() {
     case $1 in
         correctness) for s in $correctness; do run "$s"; done ;;
         figures) for s in $figures; do run "$s"; done ;;
         doctor) stage doctor 90 "$py" -c "from fastgrpo.cli import main; main()" doctor --json "$out/doctor.json" ;;
-        tests) stage tests 400 "$py" -m pytest -q -m gpu -p no:cacheprovider --junitxml="$out/tests.xml" tests ;;
+        tests) stage tests 400 "$py" -m pytest -q -m gpu $workers -p no:cacheprovider --junitxml="$out/tests.xml" tests ;;
         sanitize)
             if [ "$device" = cuda ]; then
                 PYTHON=$py stage sanitize 400 bench/sanitize.sh
@@ -75,6 +75,7 @@ run() {
             fi ;;
         roofs | gather_rows | group_advantages | grpo_loss) bench "$1" 60 ;;
         linear_grpo | step) bench "$1" 240 ;;
+        whole_step) bench "$1" 300 ;;
         linear_logprob | linear_kl | box_iou | match_boxes) bench "$1" 120 ;;
         *) echo "no stage $1; there are $correctness $figures" >&2; exit 2 ;;
     esac
@@ -93,6 +94,7 @@ done
 out=$(mkdir -p "${out:=build/gpu/results}" && cd "$out" && pwd) || exit 1
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 find_package
+workers=$($py -c "import xdist" 2>/dev/null && echo "-n 6")
 for name in "${@:-correctness figures}"; do
     for part in $name; do run "$part"; done
 done

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import fastgrpo as fg
 from fastgrpo import attention
-from fastgrpo.attention import registry
+from fastgrpo.attention import kvgather, registry
 from fastgrpo.attention.registry import get_backend
 from fastgrpo.attention.vision import block_attention
 from fastgrpo.packing import GroupLayout
@@ -252,3 +252,33 @@ def test_a_saved_model_does_not_mention_the_switch(family, tmp_path):
     assert "fastgrpo" not in (tmp_path / "config.json").read_text()
     loaded = type(model).from_pretrained(tmp_path)
     assert not attention.is_installed(loaded)
+
+
+@pytest.mark.parametrize("family", ("qwen2_5_vl", "qwen3", "gemma3"))
+def test_under_autocast_a_backend_gets_one_dtype(family, monkeypatch):
+    """As the stock attention does, whose queries and keys rotary embeddings leave in float32: on a
+    GPU every kernel asks for it."""
+    seen, original = set(), kvgather.attend
+
+    def attend(query, key, value, *args, **options):
+        seen.add((query.dtype, key.dtype, value.dtype))
+        return original(query, key, value, *args, **options)
+
+    monkeypatch.setattr(kvgather, "attend", attend)
+    model = tm.tiny_model(family)
+    groups = tm.synthetic_groups(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = fg.score(model, groups, backend="kvgather")
+        (scores[0].logp[0].sum() + scores[3].logp[0].sum()).backward()
+        with torch.no_grad():
+            want = tm.naive_logp(model, groups)
+        empty = [fg.Group(group.prompt_ids, [], group.vision) for group in groups]
+        filled = fg.generate(model, empty, 2, max_new_tokens=4, backend="kvgather", seed=0)
+        sampled = fg.score(model, filled, backend="kvgather", self_check=False)
+    assert seen == {(torch.bfloat16,) * 3}
+    for score, plain in zip(scores, want, strict=True):
+        for ours, theirs in zip(score.logp, plain, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0.15)
+    for group, score in zip(filled, sampled, strict=True):
+        for ours, theirs in zip(group.rollout_logp, score.logp, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0.15)

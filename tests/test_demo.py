@@ -14,9 +14,9 @@ pytest.importorskip("sklearn")
 
 from PIL import Image
 
+from fastgrpo.checkpoints.packed import unpack
 from fastgrpo.demo import __main__ as demo
 from fastgrpo.demo import data, model, warm_start
-from fastgrpo.demo.checkpoint import WARM_START, write_warm_start
 from fastgrpo.demo.evaluate import evaluate, load, read_jsonl
 from fastgrpo.report.run import HELD_OUT_FILE
 
@@ -155,7 +155,7 @@ def test_warm_start_command_is_bitwise_reproducible_and_reloads(
         warm_start.main()
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     assert sum(map(len, files_of(tmp_path / "a").values())) < 2_000_000
-    policy, processor = load(write_warm_start(tmp_path / "loads", tmp_path / "a"))
+    policy, processor = load(unpack(tmp_path / "a", tmp_path / "loads"))
     assert policy.config.model_type == "qwen2_5_vl"
     assert 9e5 < sum(p.numel() for p in policy.parameters()) < 1.1e6
     batch = warm_start.make_batch(processor, np.random.default_rng(0), 2)
@@ -176,9 +176,9 @@ def test_round_weights_takes_the_nearest_number_of_few_bits():
 
 
 def test_committed_warm_start_is_small_and_writes_the_format(tmp_path):
-    assert sum(len(file.read_bytes()) for file in WARM_START.iterdir()) < PACKED_BYTES
+    assert sum(len(file.read_bytes()) for file in demo.WARM_START.iterdir()) < PACKED_BYTES
     path = data.write_split(tmp_path, "heldout", 32, 5)
-    policy, processor = load(write_warm_start(tmp_path / "policy"))
+    policy, processor = load(unpack(demo.WARM_START, tmp_path / "policy"))
     stored = [weight.clone() for weight in policy.parameters()]
     warm_start.round_weights(policy)
     assert all(map(torch.equal, policy.parameters(), stored))

@@ -116,12 +116,12 @@ def test_triton_repeats_bitwise_250_times():
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("heads", [(7, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(7, 1), (2, 1)], ids=str)
 def test_triton_sums_of_cut_keys_equal_whole_ones(heads):
     segments = torch.tensor(GroupLayout(RAGGED).segments)
     cut = prefix_tables(segments, DEVICE, heads=heads, processors=132)
     whole = prefix_tables(segments, DEVICE, heads=heads, processors=1)
-    assert cut.slots > 100 > whole.slots
+    assert cut.slots > whole.slots
     shapes = [(len(cut.positions), h, 128) for h in (heads[0], heads[1], heads[1], heads[0])]
     tensors = [torch.randn(s, device=DEVICE).bfloat16() for s in shapes]
     many, few = (

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastgrpo.attention.vision import vision_attention
 from fastgrpo.errors import InputError
+from fastgrpo.ops.autocast import under_autocast
 
 # The names must not contain "flash", "flex" or "sdpa" (transformers treats those specially) -
 # except the vision tower's, which must contain "flash": only then does the tower make one
@@ -179,10 +180,10 @@ def _group_attention(fallback: str) -> Callable:
         # A rollout's state attends by itself; a GroupLayout names a backend.
         own = getattr(fg_layout, "attend", None)
         attend = functools.partial(own, module) if own else _attend_of(fg_layout)
+        # Rotary embeddings leave float32 queries and keys beside values in autocast's dtype.
+        inputs = under_autocast(query[0], key[0], value[0])
         out = attend(
-            query[0].transpose(0, 1),
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
+            *(x.transpose(0, 1) for x in inputs),
             fg_layout,
             scale=scaling,
             window=sliding_window,

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fastgrpo.attention import flash_attn, torch_varlen
 from fastgrpo.attention.varlen import blocks
+from fastgrpo.ops.autocast import under_autocast
 
 
 def vision_attention(
@@ -31,7 +32,8 @@ def vision_attention(
     query, key, value (1, H, T, D); tokens between two consecutive bounds see each other and no one
     else. Returns (1, T, H, D) and None.
     """
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+    inputs = under_autocast(query[0], key[0], value[0])
+    q, k, v = (x.transpose(0, 1) for x in inputs)  # (T, H, D)
     varlen = varlen_provider(q.device, q.dtype, q.shape[-1])
     if varlen is None:
         return block_attention(q, k, v, cu_seq_lens_q, scale=scaling)[None], None

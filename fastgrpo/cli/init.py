@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib.resources import files
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fastgrpo.demo.checkpoint import write_warm_start
+from fastgrpo.checkpoints.packed import unpack
 from fastgrpo.errors import InputError
 
 SIDE, FONT_SIZE = 112, 24
@@ -99,7 +100,7 @@ def write(folder: Path, model: str | None = None) -> None:
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "reward.py").write_text(REWARD)
     if model is None:
-        write_warm_start(folder / "model")
+        unpack(files("fastgrpo.demo") / "warm_start", folder / "model")
     settings = {"model": model or f"{folder}/model", "rate": "1.0e-6" if model else "5.0e-4"}
     (folder / "config.yaml").write_text(CONFIG.format(folder=folder, **settings))
 

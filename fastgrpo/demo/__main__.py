@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 import transformers
 
+from fastgrpo.checkpoints.packed import unpack
 from fastgrpo.cli import train
 from fastgrpo.demo import data
-from fastgrpo.demo.checkpoint import write_warm_start
 from fastgrpo.demo.evaluate import HeldOut, evaluate, load
 from fastgrpo.report import write_report
 from fastgrpo.report.run import HELD_OUT_FILE
 
 HERE = Path(__file__).parent
+WARM_START = HERE / "warm_start"  # packed
 CONFIG = HERE / "demo.yaml"
 TRAIN_SAMPLES, HELD_OUT_SAMPLES = 3200, 512
 
@@ -46,7 +47,7 @@ def run(
     folder = out / "data"
     train_file = data.write_split(folder, "train", train_samples, seed)
     held_out_file = data.write_split(folder, "heldout", held_out_samples, seed)
-    policy = write_warm_start(out / "warm_start")
+    policy = unpack(WARM_START, out / "warm_start")
     before = evaluate(*load(policy), held_out_file, seed)
     print(f"held-out before: {_figures(before)}")
     start = time.perf_counter()

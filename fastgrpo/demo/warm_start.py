@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The short supervised run GRPO starts from: `python -m fastgrpo.demo.warm_start --out DIR`, packed
-as the package carries it (`checkpoint.py`).
+as the package carries it (`fastgrpo.checkpoints.packed`).
 
 It teaches the format, to read, and where things are roughly: every edge of a box it shows is off by
 up to JITTER pixels, so the policy ends up sampling boxes around the digit, and sharpening them is
@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import trange
 from transformers import PreTrainedModel, ProcessorMixin
 
+from fastgrpo.checkpoints.packed import pack
 from fastgrpo.demo import data
-from fastgrpo.demo.checkpoint import pack
 from fastgrpo.demo.model import CELLS, build_model, build_processor
 from fastgrpo.losses.tokens import IGNORE
 

@@ -17,9 +17,9 @@ from fastgrpo.models.adapter import Adapter
 from fastgrpo.models.head import (
     effective_head,
     replaced_head,
-    under_autocast,
     without_softcap,
 )
+from fastgrpo.ops.autocast import under_autocast
 from fastgrpo.ops.gather_rows import gather_rows
 from fastgrpo.packing.row import PackedRow
 from fastgrpo.packing.vision import FeatureStore, KeptFeatures, idle_tower, shared_features

@@ -14,7 +14,8 @@ from fastgrpo.engine.activations import kept_activations
 from fastgrpo.engine.continuation import KeptPrompts
 from fastgrpo.engine.forward import feature_store, row_images
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.models.head import effective_head, replaced_head, under_autocast
+from fastgrpo.models.head import effective_head, replaced_head
+from fastgrpo.ops.autocast import under_autocast
 from fastgrpo.packing.group import Group, hosted
 from fastgrpo.packing.planner import Part, plan_rows
 from fastgrpo.packing.row import PackedRow, check_prompt

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from fastgrpo.errors import InputError
@@ -86,12 +85,3 @@ def _lora_delta(head: nn.Module, name: str) -> Tensor:
     if a.weight.numel() == 0 or b.weight.numel() == 0:
         raise InputError(f"lm_head: adapter {name!r} is an ungathered ZeRO-3 shard")
     return head.scaling[name] * (b.weight @ a.weight)
-
-
-def under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors as a stock linear layer would cast them: to autocast's dtype where it is on."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)

@@ -108,21 +108,9 @@ class ReplayedSteps(Steps):
 def record(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """What `step` launches, as one launch that writes into the same tensor each time.
 
-    All graphs of a device share a pool of memory, so one is dead where the next is made.
+    All graphs of a device share their memory, so one is dead where the next is made.
     """
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        graph.capture_begin(_pool(device).id, capture_error_mode="thread_local")
-        try:
-            result = step()
-        except RuntimeError:
-            with contextlib.suppress(RuntimeError):  # the step's own error says more
-                graph.capture_end()
-            raise
-        graph.capture_end()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    graph, result = _captured(step, device, _keeper(device)[0].pool())
 
     def replay() -> Tensor:
         graph.replay()
@@ -132,6 +120,38 @@ def record(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Ten
 
 
 @functools.cache
-def _pool(device: torch.device) -> torch.cuda.MemPool:
-    with torch.cuda.device(device):
-        return torch.cuda.MemPool()
+def _keeper(device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph that is never dead, for the pool of memory that it has: a rollout's graphs use what
+    those of the one before it left."""
+    return _captured(lambda: torch.zeros(1, device=device), device, None)
+
+
+def _captured(
+    step: Callable[[], Tensor], device: torch.device, pool: tuple[int, int] | None
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """`torch.cuda.graph` without its emptying of the caches, which the step's next phase would have
+    to fill again; a step that fails leaves the device as it was."""
+    graph = torch.cuda.CUDAGraph()
+    here, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        try:
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            result = step()
+            graph.capture_end()
+        except RuntimeError:
+            _abandon(graph, stream)
+            raise
+    here.wait_stream(stream)
+    return graph, result
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+    """Ends a capture that failed. What `capture_end` then leaves undone would break the next draw
+    of a random number, and the next capture."""
+    with contextlib.suppress(RuntimeError):
+        graph.capture_end()
+    with contextlib.suppress(RuntimeError):  # it had not begun, or has ended
+        torch._C._cuda_endAllocateToPool(stream.device_index, graph.pool())
+    generator = torch.cuda.default_generators[stream.device_index]
+    generator.graphsafe_set_state(generator.clone_state())

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The warm start as the package carries it: the files of a checkpoint, its weights under LZMA."""
+"""A checkpoint as a package carries it: its files, the weights under LZMA."""
 
 from __future__ import annotations
 
 import lzma
-from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-WARM_START = files("fastgrpo.demo") / "warm_start"
 WEIGHTS, PACKED = "model.safetensors", "model.safetensors.xz"
 # A weight is two unlike bytes: the coder is told which of them it is at (lp, pb), and the two
 # highest bits of the one before (lc).
@@ -16,13 +14,13 @@ FILTERS = [{"id": lzma.FILTER_LZMA2, "lc": 2, "lp": 1, "pb": 1}]
 
 
 def pack(folder: Path) -> None:
-    """Replaces the folder's weights by what the package carries; equal weights give equal bytes."""
+    """Puts the folder's weights under LZMA; equal weights give equal bytes."""
     weights = folder / WEIGHTS
     (folder / PACKED).write_bytes(lzma.compress(weights.read_bytes(), filters=FILTERS))
     weights.unlink()
 
 
-def write_warm_start(folder: Path, packed: Traversable = WARM_START) -> Path:
+def unpack(packed: Traversable, folder: Path) -> Path:
     """The packed checkpoint as one that loads, in `folder`, which is made; returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in packed.iterdir():

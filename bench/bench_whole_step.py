@@ -94,7 +94,7 @@ SHAPES = {
     ),
 }
 CUDA_SHAPES = {
-    "Qwen2.5-VL-3B, 4 x 8, 1024 image tokens": Shape((64, 64), 200, 4, 8, 256),
+    "Qwen2.5-VL-3B, 4 x 8, 256 image tokens": Shape((32, 32), 200, 4, 8, 128),
 }
 SMALL = {
     "2 x 4, 32 image tokens": Shape((8, 16), 8, 2, 4, 4),

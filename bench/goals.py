@@ -119,7 +119,7 @@ GOALS = (
     ),
     Goal("policy step of a 3B-wide model, TRL's padded / ours", 4, step_ratio, least=True),
     Goal(
-        "whole optimizer step of Qwen2.5-VL-3B, 4 x 8, 256 new tokens, TRL / ours", 3, whole_step,
+        "whole optimizer step of Qwen2.5-VL-3B, 4 x 8, 128 new tokens, TRL / ours", 3, whole_step,
         "4", least=True,
     ),
 )  # fmt: skip

@@ -269,12 +269,13 @@ def test_under_autocast_a_backend_gets_one_dtype(family, monkeypatch):
     groups = tm.synthetic_groups(model)
     with torch.autocast("cpu", torch.bfloat16):
         scores = fg.score(model, groups, backend="kvgather")
-        (scores[0].logp[0].sum() + scores[3].logp[0].sum()).backward()
         with torch.no_grad():
             want = tm.naive_logp(model, groups)
         empty = [fg.Group(group.prompt_ids, [], group.vision) for group in groups]
         filled = fg.generate(model, empty, 2, max_new_tokens=4, backend="kvgather", seed=0)
         sampled = fg.score(model, filled, backend="kvgather", self_check=False)
+    (scores[0].logp[0].sum() + scores[3].logp[0].sum()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     assert seen == {(torch.bfloat16,) * 3}
     for score, plain in zip(scores, want, strict=True):
         for ours, theirs in zip(score.logp, plain, strict=True):

@@ -123,3 +123,19 @@ def test_float32_is_as_exact_as_transformers_fallback():
     got = results(in_chunks(CHUNK), narrow, segments)
     for name in want:
         assert_within_budget(got[name], want[name], same[name], what=name)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_autocast_changes_nothing(dtype):
+    """Forward inside and backward outside, as trainers do."""
+    segments = segments_of()
+    inputs = [x.detach().to(dtype).float().requires_grad_() for x in given()]
+    want = results(in_chunks(CHUNK), inputs, segments)
+    run = in_chunks(CHUNK)
+
+    def inside(*args):
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(*args)
+
+    got = results(inside, inputs, segments)
+    assert all(torch.equal(got[name], want[name]) for name in want)

@@ -10,9 +10,11 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def _as_users_run():
-    """Not the slower kernels that conftest asks for."""
+def _as_users_run(monkeypatch):
+    """Not the slower kernels that conftest asks for; nor TF32, which is in the convolutions of a
+    tower unless told otherwise."""
     torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(scope="module")

@@ -88,10 +88,11 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Outputs (T, H, V) of a packed row and each prompt's last state (P, H, K, V).
 
-    q, k (T, H_k, K), v (T, H, V), g <= 0 and beta (T, H) of one dtype, in which it computes.
-    Differentiable once in all five, through outputs and states.
+    q, k (T, H_k, K), v (T, H, V), g <= 0 and beta (T, H) of one dtype, in which it computes, under
+    autocast too. Differentiable once in all five, through outputs and states.
     """
-    return _GatedDeltaRule.apply(q, k, v, g, beta, chunks)
+    with torch.autocast(q.device.type, enabled=False):
+        return _GatedDeltaRule.apply(q, k, v, g, beta, chunks)
 
 
 class _Within(NamedTuple):
@@ -143,34 +144,39 @@ class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlast):
-        q, k, v, d, beta, *within, inverse, solved, news, states = ctx.saved_tensors
-        chunks, within, between = ctx.chunks, _Within(*within), _Between.of(q, k, d)
-        dout = chunks.split(dout) * chunks.real[..., None]
-        before = states.index_select(0, chunks.parents)
-        dnews, dstates = _scan_backward(dout, dlast, solved, within.qk, between, chunks)
-        dbetween = _Between(
-            dout @ before.mT, news @ dstates.mT, (before * dstates).sum((-1, -2), keepdim=True)
-        )
-        dwritten = inverse.mT @ torch.cat([dnews, -(dnews @ before.mT)], -1)
-        dsystem = (dwritten @ solved.mT).neg_()
-        dsystem.diagonal(dim1=-2, dim2=-1).zero_()
+        with torch.autocast(dout.device.type, enabled=False):
+            return _backward(ctx, dout, dlast)
 
-        from_values, from_keys = dwritten.split((v.shape[-1], k.shape[-1]), -1)
-        from_keys = from_keys * d.exp()[..., None]
-        through_keys = (from_keys * _of_heads(k, d)).sum(-1)
-        through_system = dsystem * within.kk
-        dbeta = (from_values * v).sum(-1) + through_keys + through_system.sum(-1)
-        dq, dk, dd = _between_backward(dbetween, between, d)
-        dk += from_keys * beta[..., None]
-        dqk = dout @ news.mT
-        through_pairs = through_system * beta[..., None] + dqk * within.qk
-        dd += through_keys * beta + through_pairs.sum(-1) - through_pairs.sum(-2)
-        dkk, dqk = (_to_groups(x * within.decay, k) for x in (dsystem * beta[..., None], dqk))
-        dq = _to_groups(dq, k) + dqk @ k
-        dk = _to_groups(dk, k) + (dkk + dkk.mT) @ k + dqk.mT @ q
-        dg = dd.flip(-1).cumsum(-1).flip(-1)
-        dv = from_values * beta[..., None]
-        return *map(chunks.join, (dq, dk, dv, dg, dbeta)), None
+
+def _backward(ctx, dout: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, d, beta, *within, inverse, solved, news, states = ctx.saved_tensors
+    chunks, within, between = ctx.chunks, _Within(*within), _Between.of(q, k, d)
+    dout = chunks.split(dout) * chunks.real[..., None]
+    before = states.index_select(0, chunks.parents)
+    dnews, dstates = _scan_backward(dout, dlast, solved, within.qk, between, chunks)
+    dbetween = _Between(
+        dout @ before.mT, news @ dstates.mT, (before * dstates).sum((-1, -2), keepdim=True)
+    )
+    dwritten = inverse.mT @ torch.cat([dnews, -(dnews @ before.mT)], -1)
+    dsystem = (dwritten @ solved.mT).neg_()
+    dsystem.diagonal(dim1=-2, dim2=-1).zero_()
+
+    from_values, from_keys = dwritten.split((v.shape[-1], k.shape[-1]), -1)
+    from_keys = from_keys * d.exp()[..., None]
+    through_keys = (from_keys * _of_heads(k, d)).sum(-1)
+    through_system = dsystem * within.kk
+    dbeta = (from_values * v).sum(-1) + through_keys + through_system.sum(-1)
+    dq, dk, dd = _between_backward(dbetween, between, d)
+    dk += from_keys * beta[..., None]
+    dqk = dout @ news.mT
+    through_pairs = through_system * beta[..., None] + dqk * within.qk
+    dd += through_keys * beta + through_pairs.sum(-1) - through_pairs.sum(-2)
+    dkk, dqk = (_to_groups(x * within.decay, k) for x in (dsystem * beta[..., None], dqk))
+    dq = _to_groups(dq, k) + dqk @ k
+    dk = _to_groups(dk, k) + (dkk + dkk.mT) @ k + dqk.mT @ q
+    dg = dd.flip(-1).cumsum(-1).flip(-1)
+    dv = from_values * beta[..., None]
+    return *map(chunks.join, (dq, dk, dv, dg, dbeta)), None
 
 
 def _scan(solved: Tensor, between: _Between, chunks: Chunks) -> tuple[Tensor, Tensor]:

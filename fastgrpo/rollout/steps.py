@@ -140,18 +140,19 @@ def _captured(
             result = step()
             graph.capture_end()
         except RuntimeError:
-            _abandon(graph, stream)
+            _abandon(graph, stream, pool)
             raise
     here.wait_stream(stream)
     return graph, result
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+def _abandon(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool) -> None:
     """Ends a capture that failed. What `capture_end` then leaves undone would break the next draw
     of a random number, and the next capture."""
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
-    with contextlib.suppress(RuntimeError):  # it had not begun, or has ended
-        torch._C._cuda_endAllocateToPool(stream.device_index, graph.pool())
+    with contextlib.suppress(RuntimeError, TypeError):  # it had not begun, or has ended
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+    _keeper.cache_clear()  # the next capture has a pool of its own
     generator = torch.cuda.default_generators[stream.device_index]
     generator.graphsafe_set_state(generator.clone_state())

@@ -6,7 +6,7 @@ every variant, so that a fourth matmul shows as a lower rate.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from common import Row, importable, main, matmul_flops, measure, median_ms, peak_mib, tensor_bytes
@@ -171,18 +171,16 @@ def variants(case: Case, device: str) -> dict[str, Callable[[], None]]:
     return found
 
 
-def rows(args: argparse.Namespace) -> list[Row]:
+def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Trainable head, and frozen head for ours and the floor, at every shape."""
     shapes = SMALL if args.small else CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES
-    found = []
     for name, (N, D, V) in shapes.items():
         for frozen in (False, True):
             case = Case(N, D, V, args.device, frozen)
             runs = variants(case, args.device)
             if frozen:
                 runs = {k: f for k, f in runs.items() if k[:4] in ("fast", "bare", "TRL ")}
-            found += _measure(case, runs, f"{name}{' frozen head' * frozen}", args, (N, D, V))
-    return found
+            yield from _measure(case, runs, f"{name}{' frozen head' * frozen}", args, (N, D, V))
 
 
 def _measure(case: Case, runs: dict, shape: str, args: argparse.Namespace, sizes) -> list[Row]:

@@ -6,7 +6,7 @@ one without gradients), so that a fourth shows as a lower rate.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from bench_linear_grpo import CPU_SHAPES, CUDA_SHAPES, SMALL, Case
@@ -69,10 +69,9 @@ def logp_error(case: Case) -> float:
     return float((fg.linear_logprob(*args).logp - exact).abs().max())
 
 
-def rows(args: argparse.Namespace) -> list[Row]:
+def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Forward only, frozen and trainable head at every shape."""
     shapes = SMALL if args.small else CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES
-    found = []
     for name, sizes in shapes.items():
         for mode, matmuls in MATMULS.items():
             case = Case(*sizes, args.device, frozen=mode == "frozen head")
@@ -84,8 +83,7 @@ def rows(args: argparse.Namespace) -> list[Row]:
                 row.peak_mib = peak_mib(run, args.device)
                 if variant == "fastgrpo":
                     row.error, row.note = logp_error(case), "largest log-prob error"
-                found.append(row)
-    return found
+                yield row
 
 
 def test_linear_logprob(benchmark):

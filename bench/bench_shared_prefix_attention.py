@@ -7,7 +7,7 @@ visible (query, key) pair, of which there are P (P + 1) / 2 + G (P C + C (C + 1)
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from common import Row, importable, main, measure, median_ms, peak_mib, tensor_bytes
@@ -116,9 +116,8 @@ def variants(case: Case, device: str) -> dict[str, Callable]:
     return steps
 
 
-def rows(args: argparse.Namespace) -> list[Row]:
+def rows(args: argparse.Namespace) -> Iterator[Row]:
     shapes = SMALL if args.small else CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES
-    result = []
     for shape, (P, G, C, heads) in shapes.items():
         case = Case(P, G, C, heads, args.device)
         steps = variants(case, args.device)
@@ -130,21 +129,18 @@ def rows(args: argparse.Namespace) -> list[Row]:
                 names = ("out", "dq", "dk", "dv")
                 pairs_of = zip(names, step(), oracle, strict=True)
                 errors = {f"{n} error": relative_error(a, b) for n, a, b in pairs_of}
-            result.append(
-                Row(
-                    op="shared_prefix_attention",
-                    shape=shape,
-                    variant=name,
-                    ms=times[name],
-                    flops=14.0 * heads[0] * heads[2] * pairs(P, G, C),
-                    bytes=case.moved(),
-                    peak_mib=peak_mib(step, args.device),
-                    error=max(errors.values()) if errors else None,
-                    note="largest relative error of out, dq, dk, dv against float64",
-                    extra=errors,
-                )
+            yield Row(
+                op="shared_prefix_attention",
+                shape=shape,
+                variant=name,
+                ms=times[name],
+                flops=14.0 * heads[0] * heads[2] * pairs(P, G, C),
+                bytes=case.moved(),
+                peak_mib=peak_mib(step, args.device),
+                error=max(errors.values()) if errors else None,
+                note="largest relative error of out, dq, dk, dv against float64",
+                extra=errors,
             )
-    return result
 
 
 def test_bench_kvgather_small(benchmark):

@@ -8,7 +8,8 @@ from the same weights with the same seed, and they take turns step by step: a st
 as it is then. The first step, which also runs the self-check, is not measured, the median of the
 following ones is. Reading the rows of a batch from the data set is not in it, and the same for all.
 The peak of memory is that of all steps. `error` is the relative difference of the first gradient
-norm above 0 from TRL's, on the same completions: the samplers take the same random numbers.
+norm above 0 from TRL's, on the same completions: the samplers take the same random numbers. (In
+bfloat16, on a GPU, roundings decide some tokens, and it is that of two batches.)
 
 Proportions on a CPU ("full"), in multiply-adds of the 480-image-token prompt, beside Qwen2.5-VL-3B:
 width 256 and 6 layers (2048 and 36), the tower's share 61 % (46 %: one layer in four attends to
@@ -30,6 +31,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -412,12 +414,12 @@ def _with_images(row: dict) -> list[dict]:
     return [message | {"content": [*parts, {"type": "text", "text": message["content"]}]}]
 
 
-def rows(args: argparse.Namespace) -> list[common.Row]:
+def rows(args: argparse.Namespace) -> Iterator[common.Row]:
     shapes = SMALL if args.small else CUDA_SHAPES if args.device == "cuda" else SHAPES
     size = "small" if args.small else "cuda" if args.device == "cuda" else "full"
     names = [args.only] if args.only in shapes else [name for name in shapes if args.only in name]
-    chosen = {name: shapes[name] for name in names}
-    return [row for name, shape in chosen.items() for row in _measured(name, shape, size, args)]
+    for name in names:
+        yield from _measured(name, shapes[name], size, args)
 
 
 def _measured(name: str, shape: Shape, size: str, args) -> list[common.Row]:

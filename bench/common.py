@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share: interleaved medians, the result file, tables, work by formula.
 
-A benchmark is a file `bench_<op>.py` with `rows(args) -> list[Row]`; `main` times nothing itself.
+A benchmark is a file `bench_<op>.py` with `rows(args) -> Iterable[Row]`; `main` only reports.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -229,13 +229,18 @@ def arguments(**extra: dict) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main(rows: Callable[[argparse.Namespace], list[Row]], **extra: dict) -> None:
-    """Run a benchmark as a script: print its table, and write the result file with --save."""
-    args = arguments(**extra)
-    result = rows(args)
+def main(rows: Callable[[argparse.Namespace], Iterable[Row]], **extra: dict) -> None:
+    """Run a benchmark as a script: print its table, and write the result file with --save. What
+    yields its rows leaves those of a run that is cut."""
+    args, result = arguments(**extra), []
+    for row in rows(args):
+        result.append(row)
+        print(f"{row.shape}: {row.variant}: {row.ms:.3f} ms", flush=True)
+        if args.save:
+            save(result, args.device, args.results)
     print(table(result))
     if args.save:
-        print(save(result, args.device, args.results))
+        print(f"in {args.results}")
 
 
 def measure(benchmark, run: Callable[[], object], **info: object) -> None:

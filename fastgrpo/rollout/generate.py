@@ -67,7 +67,8 @@ def generate(
     `max_tokens`: the most prompt tokens encoded in one row. `features`: as in `score`. `keep`
     takes what the model computed of the prompts, with gradient and in the mode it is in, for
     `loss_of_groups`. `cuda_graphs`: on a GPU, the decoding steps are CUDA graphs where the model's
-    forward can be one. The model's train mode is restored afterwards. Raises `InputError`.
+    forward can be one and its weights are whole. The model's train mode is restored afterwards.
+    Raises `InputError`.
     """
     _check_call(groups, num_generations, max_new_tokens)
     if not groups:

@@ -139,7 +139,7 @@ def _captured(
             graph.capture_begin(pool, capture_error_mode="thread_local")
             result = step()
             graph.capture_end()
-        except RuntimeError:
+        except BaseException:
             _abandon(graph, stream, pool)
             raise
     here.wait_stream(stream)

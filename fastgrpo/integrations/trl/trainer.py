@@ -73,8 +73,8 @@ class FastOptions:
     would take more memory than TRL's padded step that recomputes all, or than half of what is free.
     `keep_prompts`: on one process, where a packed rollout is one micro-batch, the first loss goes
     on from what that computed of prompts and images, with gradient; False computes them again.
-    `cuda_graphs`: on a GPU, a packed rollout's decoding steps are CUDA graphs where the model's
-    forward can be one; elsewhere one line says why they are not.
+    `cuda_graphs`: on a GPU, a packed rollout's decoding steps are CUDA graphs, but for weights in
+    shards (FSDP2, ZeRO-3); a model whose forward cannot be one is named once with the reason.
     `liger_kernels`: liger-kernel's RMSNorm, rotary and SwiGLU layers (never its loss), CUDA only.
     `max_skipped_steps`: steps in a row whose gradient is not finite before the run ends.
     `strict`: raise where a packed row cannot express the model, an option or a tool's images, which

@@ -93,9 +93,12 @@ def generate(
     options = {"max_tokens": max_tokens, "backend": backend, "features": features}
     with _evaluating(model) if keep is None else contextlib.nullcontext():
         prompts, logits, position = _prefill(adapter, groups, num_generations, keep=keep, **options)
-    graphs = cuda_graphs and replays(adapter, max_new_tokens)
-    state = (FixedDecodeState if graphs else DecodeState)(*prompts, num_generations, max_new_tokens)
-    steps = (ReplayedSteps if graphs else Steps)(adapter, state, position)
+    rows = (*prompts, num_generations, max_new_tokens)
+    steps: Steps
+    if cuda_graphs and replays(adapter, max_new_tokens):
+        steps = ReplayedSteps(adapter, FixedDecodeState(*rows), position)
+    else:
+        steps = Steps(adapter, DecodeState(*rows), position)
     with _evaluating(model):
         progress = Progress(
             [group.prompt_ids for group in groups],

@@ -84,7 +84,8 @@ class DecodeState(ForksStates):
         layer = self.calls % len(self.prefix)
         self.calls += 1
         own_key, own_value = self.own[layer]
-        self._append(own_key, key), self._append(own_value, value)
+        self._append(own_key, key)
+        self._append(own_value, value)
         prefix_key, prefix_value = self.prefix[layer]
         own, unseen = self._own(window)
         q = (query * scale).unflatten(1, (own_key.shape[1], -1))  # (B, K, R, D)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
+_CODE = (":/", ":(top,exclude)bench/results")  # all of the repository but what is measured
 _PACKAGES = (
     "torch",
     "triton",
@@ -141,7 +142,7 @@ def environment(device: str = "cpu") -> dict[str, object]:
         "versions": versions,
         "cuda": torch.version.cuda if device == "cuda" else None,
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *_CODE)),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,3 +48,20 @@ def test_a_gpu_median_is_of_enough_calls(common, monkeypatch, call_ms):
     monkeypatch.setattr(testing, "do_bench", do_bench)
     assert common.median_ms({"one": lambda: None}, "cuda") == {"one": call_ms}
     assert calls[-1] >= 20 and calls[-1] * call_ms >= 99
+
+
+def test_a_result_is_of_the_code_whatever_results_changed(common, monkeypatch, tmp_path):
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    files = tmp_path / "code.py", results / "old.json"
+    for path in files:
+        path.write_text("first")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.example")
+    for args in (("init", "-q"), ("add", "-A"), (*author, "commit", "-qm", "first")):
+        subprocess.run(["git", "-C", tmp_path, *args], check=True)
+    monkeypatch.setattr(common, "RESULTS", results)
+    found = []
+    for path in files[::-1]:
+        path.write_text("second")
+        found.append(common.environment()["modified"])
+    assert found == [False, True]

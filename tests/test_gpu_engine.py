@@ -14,21 +14,15 @@ from fastgrpo.rollout import steps
 from fastgrpo.testing import models as tm
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _as_users_run():
-    """Not the slower kernels that conftest asks for."""
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def _whole_float32(monkeypatch):
-    """PyTorch's convolutions, a tower's first layer, are in TF32 unless told otherwise."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 SPECS = (([(4, 6)], 5, [7, 3, 9, 1]), ([], 2, [4, 8]), ([(4, 4), (6, 8)], 4, [6, 30]))
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run(monkeypatch):
+    """Not the slower kernels that conftest asks for; nor TF32, which is in the convolutions of a
+    tower unless told otherwise."""
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def moved(groups, device="cuda", dtype=torch.float32):

@@ -323,18 +323,6 @@ def steps(cls: type, job: Job, output: Path, count: int, turn: Turn) -> Run:
     return run
 
 
-def alone(job: Job, scratch: Path, count: int, names: list[str]) -> dict[str, Run]:
-    """`steps` of the variants one after the other, each with the GPU's memory to itself."""
-    context, runs = multiprocessing.get_context("spawn"), {}
-    torch.cuda.empty_cache()
-    for i, name in enumerate(names):
-        with context.Manager() as manager, ProcessPoolExecutor(1, context) as pool:
-            gate = manager.Semaphore(2 * count + 2)  # always its turn
-            told = (torch.get_num_threads(), name, job, scratch / f"out-{i}", count)
-            runs[name] = pool.submit(_steps_of, *told, Turn(gate, gate)).result()
-    return runs
-
-
 def in_turns(job: Job, scratch: Path, count: int, names: list[str]) -> dict[str, Run]:
     """`steps` of the variants, each in a process of its own, so that no trainer works in the heap
     that another left, and one at a time, so that all meet the machine as it is at the time."""
@@ -425,10 +413,15 @@ def rows(args: argparse.Namespace) -> Iterator[common.Row]:
 def _measured(name: str, shape: Shape, size: str, args) -> list[common.Row]:
     with tempfile.TemporaryDirectory() as scratch:
         job = prepare(Path(scratch) / "model", shape, size, args.device)
-        run = alone if args.device == "cuda" else in_turns
         names = [name for name in variants() if name == "TRL" or args.variant in ("", name)]
-        runs = run(job, Path(scratch), args.rounds, names)
-        floor = {} if args.device == "cuda" else floors(job, args.rounds)
+        if args.device == "cuda":  # the memory of each is its own
+            torch.cuda.empty_cache()
+            runs, floor = {}, {}
+            for name in names:
+                runs |= in_turns(job, Path(scratch), args.rounds, [name])
+        else:
+            runs = in_turns(job, Path(scratch), args.rounds, names)
+            floor = floors(job, args.rounds)
     medians = {
         variant: {
             phase: statistics.median(step.get(phase, 0.0) for step in run.seconds)

@@ -40,6 +40,14 @@ def _seed_and_poison():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def as_users_run(monkeypatch):
+    """On a GPU, not the slower kernels that are asked for above; nor TF32, which is in the
+    convolutions of a tower unless told otherwise."""
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A tiny Qwen2.5-VL and its processor, for trainers to load; nobody writes to it."""

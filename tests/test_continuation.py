@@ -30,8 +30,6 @@ def exact():
 def rollout(model, *, keep_activations=False, generations=3):
     """Groups sampled from the model with all that a loss asks of them, and what was kept."""
     prompts = tm.synthetic_groups(model, SPECS)
-    for group in prompts:
-        group.advantages = None
     kept = KeptPrompts(Adapter(model), keep_activations=keep_activations)
     given = dict(max_new_tokens=6, seed=0, eos_token_id=(3, 7, 11), keep=kept)
     groups = fg.generate(model, prompts, generations, **given)

@@ -38,10 +38,7 @@ def recorded(monkeypatch):
 
 
 def prompts(model):
-    groups = tm.synthetic_groups(model, SPECS)
-    for group in groups:
-        group.advantages = None
-    return groups
+    return tm.synthetic_groups(model, SPECS)
 
 
 @pytest.mark.parametrize("family", tm.FAMILIES)

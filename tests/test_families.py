@@ -199,8 +199,6 @@ def test_greedy_rollout_equals_model_generate(family):
     model = tm.tiny_model(family)
     specs = [([(4, 4), (6, 4)], 6, []), ([], 5, []), ([], 1, [])]
     groups = tm.synthetic_groups(model, specs)
-    for group in groups:
-        group.advantages = None
     settings = dict(max_new_tokens=6, eos_token_id=3)
     filled = fg.generate(model, groups, 2, temperature=0.0, **settings)
     for group, scored in zip(filled, fg.score(model, filled), strict=True):

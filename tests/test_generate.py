@@ -26,10 +26,7 @@ QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def empty_groups(model, specs):
-    groups = models.synthetic_groups(model, [(*spec, []) for spec in specs])
-    for group in groups:
-        group.advantages = None
-    return groups
+    return models.synthetic_groups(model, [(*spec, []) for spec in specs])
 
 
 @pytest.mark.parametrize("family", (*QWEN_VL, "qwen2", "qwen3", "llama"))

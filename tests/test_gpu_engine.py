@@ -13,16 +13,8 @@ from fastgrpo.attention import choose_backend
 from fastgrpo.rollout import steps
 from fastgrpo.testing import models as tm
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_users_run")]
 SPECS = (([(4, 6)], 5, [7, 3, 9, 1]), ([], 2, [4, 8]), ([(4, 4), (6, 8)], 4, [6, 30]))
-
-
-@pytest.fixture(autouse=True)
-def _as_users_run(monkeypatch):
-    """Not the slower kernels that conftest asks for; nor TF32, which is in the convolutions of a
-    tower unless told otherwise."""
-    torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def moved(groups, device="cuda", dtype=torch.float32):

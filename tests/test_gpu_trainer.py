@@ -6,15 +6,7 @@ import logging
 import pytest
 import torch
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _as_users_run(monkeypatch):
-    """Not the slower kernels that conftest asks for; nor TF32, which is in the convolutions of a
-    tower unless told otherwise."""
-    torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_users_run")]
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,7 @@ from fastgrpo.engine.activations import kept_activations
 from fastgrpo.engine.parallel import busiest, distributed, in_shards
 from fastgrpo.errors import InputError
 from fastgrpo.models.adapter import Adapter
-from fastgrpo.models.head import (
-    effective_head,
-    replaced_head,
-    without_softcap,
-)
+from fastgrpo.models.head import effective_head, replaced_head, without_softcap
 from fastgrpo.ops.autocast import under_autocast
 from fastgrpo.ops.gather_rows import gather_rows
 from fastgrpo.packing.row import PackedRow

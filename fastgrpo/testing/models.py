@@ -104,7 +104,9 @@ def synthetic_group(
             pixels = torch.randn(value.shape, generator=generator, dtype=torch.float64)
             vision[key] = pixels.to(dtype)
     completions = [torch.tensor(random_ids(n), dtype=torch.int64) for n in lengths]
-    advantages = torch.randn(len(lengths), generator=generator, dtype=torch.float64).to(dtype)
+    advantages = None  # of a prompt to sample from
+    if completions:
+        advantages = torch.randn(len(lengths), generator=generator, dtype=torch.float64).to(dtype)
     return Group(torch.tensor(ids), completions, vision, advantages=advantages)
 
 

@@ -128,11 +128,12 @@ GOALS = (
 
 
 def figures_of(folder: Path) -> Figures:
-    """Every row of every result file in the folder, and the stages as they last ended on a GPU."""
+    """Every row that the folder's result files have of a GPU, and the stages as they last ended
+    there."""
     found: Figures = {}
     for path in sorted(folder.glob("*.json")):
         for run in json.loads(path.read_text()).get("runs", ()):
-            for row in run["rows"]:
+            for row in run["rows"] if run["environment"]["cuda"] else ():
                 found[row["op"], row["shape"], row["variant"]] = row
     stages = folder / "stages.jsonl"
     for line in stages.read_text().splitlines() if stages.exists() else ():

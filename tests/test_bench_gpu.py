@@ -62,10 +62,16 @@ def test_gpu_script_goes_on_after_a_failure_and_fails_at_the_end(tmp_path, stub)
     assert "| GPU tests, exit status | <= 0 |  |  |" in (out / "goals.md").read_text()
 
 
-def test_stages_of_a_dry_run_meet_no_goal(tmp_path):
+def test_a_dry_run_meets_no_goal(tmp_path):
     lines = [{"stage": "tests", "device": d, "status": s} for d, s in (("cuda", 1), ("cpu", 0))]
     (tmp_path / "stages.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert goals.figures_of(tmp_path) == {("stage", "tests", ""): lines[0]}
+    row = {"op": "step", "shape": "small", "variant": "TRL"}
+    for cuda in (None, "13.0"):
+        runs = [{"environment": {"cuda": cuda}, "rows": [row | {"ms": 1.0}]}]
+        (tmp_path / "figures.json").write_text(json.dumps({"runs": runs}))
+        found = goals.figures_of(tmp_path)
+        assert found.pop(("stage", "tests", "")) == lines[0]
+        assert len(found) == bool(cuda)
 
 
 def test_gpu_script_runs_everything_by_default(tmp_path, stub):
